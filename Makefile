@@ -1,0 +1,53 @@
+# Needs git, make and a Python >= 3.11 with venv; everything else is installed into .venv from the lock.
+EXTRA ?= cpu
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+READY := .venv/.ready-$(EXTRA)
+SOURCES := src flows tests
+# Python writes no bytecode if this is set, and then every import of torch or vLLM takes a minute.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: setup quickstart test test-fast test-e2e acceptance check format lock clean
+
+setup: $(READY)
+
+$(READY): requirements/$(EXTRA).txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with its venv module found; install one (Debian, Ubuntu: apt-get install python3-venv) or give PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --compile-bytecode requirements/$(EXTRA).txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	rm -f .venv/.ready-*
+	touch $@
+
+quickstart: setup
+	$(BIN)/tuneserve quickstart
+
+test: setup test-fast test-e2e
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not e2e"
+
+test-e2e: setup
+	$(BIN)/python -m pytest -m e2e --timeout 900
+
+acceptance: setup
+	$(BIN)/python -m pytest tests/acceptance -s --timeout 3600
+
+check: setup
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+lock: setup
+	for extra in cpu gpu; do $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--extra $$extra --group dev pyproject.toml --output-file requirements/$$extra.txt; done
+
+clean:
+	rm -rf .venv .tuneserve .pytest_cache .mypy_cache .ruff_cache
+	find mlruns -mindepth 1 -not -name README.md -delete
