@@ -1,0 +1,117 @@
+"""Child processes that never outlive us: each runs under its own supervisor and lease, and writes to a log that errors name."""
+
+import fcntl
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from pipeline.errors import ProcessFailed
+from pipeline.supervisor import keep_marker
+
+GRACE_SECONDS = 4.0
+"""From SIGTERM to SIGKILL; with the supervisor's poll this keeps the end of everything under 10 s."""
+
+EXCEPTION_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): .+")
+
+
+@dataclass(frozen=True)
+class Child:
+    """A running command. `lease` is our share in its life: closing it (or dying) ends the command when no one else holds a share."""
+
+    name: str
+    log: Path
+    lease: IO[bytes]
+    supervisor: subprocess.Popen[bytes]
+
+    def poll(self) -> int | None:
+        """The command's exit code (128 + signal if a signal ended it), or None while it or one of its descendants runs."""
+        return self.supervisor.poll()
+
+    def end(self) -> int:
+        """Ends the command and all its descendants; returns its exit code once none is left. No effect on one that has ended."""
+        if self.supervisor.poll() is None:
+            self.supervisor.terminate()
+        code = self.supervisor.wait()
+        self.lease.close()
+        return code
+
+    def failure(self, what: str) -> ProcessFailed:
+        """The error for a command that went wrong: what, its exit code, the first error in its log and the log's end."""
+        first = f"\n    {found}" if (found := first_error(self.log)) else ""
+        return ProcessFailed(f"{what} (exit code {self.poll()}); the log is {self.log}{first}; it ends:\n{log_tail(self.log)}")
+
+
+def take_lease(lease: Path, timeout_seconds: float = 0.0) -> IO[bytes]:
+    """Opens `lease` and takes a shared lock on it. Raises BlockingIOError if its supervisor is still ending the last command after the timeout."""
+    lease.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + timeout_seconds
+    file = lease.open("a+b")
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.close()
+                raise
+            time.sleep(0.1)
+
+
+def is_leased(lease: Path) -> bool:
+    """Whether some process holds a share in the command of `lease`."""
+    with lease.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            pass
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False  # its supervisor is ending it
+
+
+def start(
+    command: Sequence[str], *, name: str, lease: Path, log: Path, environment: Mapping[str, str], cwd: Path, grace_seconds: float = GRACE_SECONDS
+) -> Child:
+    """Starts `command` in a session of its own, stdout and stderr to a fresh `log`, held by a lease on the file `lease`."""
+    held = take_lease(lease, timeout_seconds=1.0)
+    keep_marker(lease).unlink(missing_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.supervisor", str(lease), str(grace_seconds), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            cwd=cwd,
+            start_new_session=True,
+        )
+    return Child(name, log, held, supervisor)
+
+
+def first_error(log: Path) -> str | None:
+    """The first line of a log that names an exception: a server's root cause often stands far above its log's end."""
+    try:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            return next((found.group(0).strip()[:500] for line in lines if (found := EXCEPTION_LINE.search(line))), None)
+    except OSError:
+        return None
+
+
+def log_tail(log: Path, lines: int = 20) -> str:
+    """The last lines of a log, indented; reads at most its last 16 KiB."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 16384))
+            text = file.read().decode("utf-8", "replace")
+    except OSError as error:
+        return f"    (no log: {error})"
+    return "\n".join(f"    {line}" for line in text.splitlines()[-lines:])

@@ -1,0 +1,277 @@
+"""The servers of the embedded profile: started when first needed, found by every later command, ended when nobody needs them.
+
+A service lives as long as a command of ours holds its lease (see supervisor.py), or until `tuneserve down` once it was told to stay.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import httpx
+import psutil
+
+from pipeline import process
+from pipeline.errors import ServingError
+from pipeline.project import Project
+from pipeline.supervisor import keep_marker
+
+MLFLOW, PREFECT = "mlflow", "prefect"
+START_SECONDS = 120.0
+"""A server of ours that is not up by then has failed; on two busy cores MLflow and Prefect take up to 40 s."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running server as recorded on disk. `identity` says what it was started with: another identity is another server."""
+
+    name: str
+    url: str
+    pid: int
+    """The supervisor's process id."""
+    started: float
+    """The supervisor's start time (seconds since the epoch): with the pid, proof that it is the same process."""
+    identity: str
+    log: str
+
+    def alive(self) -> bool:
+        try:
+            process_ = psutil.Process(self.pid)
+            return process_.create_time() == self.started and process_.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+def free_port(preferred: int) -> int:
+    """`preferred` if it is free on the loopback interface, else any free port."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise ServingError("no free port on 127.0.0.1; end a server that you do not need")
+
+
+def require_free_port(host: str, port: int) -> int:
+    """`port` if it can be bound on `host`. Raises ServingError that names the process which holds it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            return port
+        except OSError as error:
+            raise ServingError(f"port {port} on {host} cannot be used ({error.strerror}): {port_holder(port)}; end it or choose another port") from error
+
+
+def port_holder(port: int) -> str:
+    """Who listens on `port`, as far as this user may see."""
+    try:
+        for connection in psutil.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
+                return f"held by process {connection.pid} ({' '.join(psutil.Process(connection.pid).cmdline())[:120]})"
+    except psutil.Error:
+        pass
+    return "the holder is not visible to this user"
+
+
+@contextlib.contextmanager
+def service(
+    project: Project,
+    name: str,
+    *,
+    identity: str,
+    command: Callable[[], tuple[Sequence[str], str]],
+    health: str,
+    headers: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+    start_seconds: float = START_SECONDS,
+    waiting: Callable[[], None] = lambda: None,
+) -> Iterator[Service]:
+    """The service `name`, found or started, healthy, and alive at least until the block ends.
+
+    `command()` gives the argv and the base URL of a new server; `health` is the path below the URL that answers 200 (asked with `headers`) once it is up;
+    `waiting` is called while it starts. Raises ServingError if it runs with another identity, ProcessFailed if it does not come up.
+    """
+    lease_file = project.services / f"{name}.lease"
+    with _starting(project.services / f"{name}.start"):
+        try:
+            lease = process.take_lease(lease_file, timeout_seconds=30.0)
+        except BlockingIOError:
+            raise ServingError(f"{name} is still ending; its log is {project.logs / f'{name}.log'}") from None
+        running = find_service(project, name)
+        if running is not None and running.identity != identity:
+            lease.close()
+            raise ServingError(
+                f"{name} runs with other settings ({running.identity}, wanted {identity}); end it first: tuneserve down, or Ctrl-C where it runs"
+            )
+        if running is None:
+            lease.close()
+            running, lease = _start(
+                project, name, identity, command(), environment, lambda child, url: wait_healthy(child, url + health, headers, start_seconds, waiting)
+            )
+    try:
+        yield running
+    finally:
+        lease.close()
+        wait_ended(project, running)
+
+
+def _start(
+    project: Project,
+    name: str,
+    identity: str,
+    command: tuple[Sequence[str], str],
+    environment: Mapping[str, str] | None,
+    wait: Callable[[process.Child, str], None],
+) -> tuple[Service, IO[bytes]]:
+    argv, url = command
+    child = process.start(
+        argv,
+        name=name,
+        lease=project.services / f"{name}.lease",
+        log=project.logs / f"{name}.log",
+        environment=project.child_environment(environment),
+        cwd=project.root,
+    )
+    try:
+        wait(child, url)
+    except BaseException:
+        child.end()
+        raise
+    record = Service(name, url, child.supervisor.pid, psutil.Process(child.supervisor.pid).create_time(), identity, str(child.log))
+    path = project.services / f"{name}.json"
+    draft = path.with_suffix(".json.new")
+    draft.write_text(json.dumps(asdict(record)), "utf-8")
+    draft.replace(path)
+    return record, child.lease
+
+
+def wait_healthy(child: process.Child, url: str, headers: Mapping[str, str] | None, timeout_seconds: float, waiting: Callable[[], None]) -> None:
+    """Returns once GET `url` answers 200. Raises ProcessFailed, with the log's tail, if the process ends first or the time is over."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        if child.poll() is not None:
+            raise child.failure(f"{child.name} ended before it was up")
+        try:
+            if httpx.get(url, headers=headers, timeout=5.0, trust_env=False).status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass
+        if time.monotonic() > deadline:
+            raise child.failure(f"{child.name} was not up after {timeout_seconds:.0f} s")
+        waiting()
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _starting(path: Path) -> Iterator[None]:
+    """One starter at a time: of two racing commands the second finds the first one's server."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def find_service(project: Project, name: str) -> Service | None:
+    """The running service of that name, or None."""
+    try:
+        record = Service(**json.loads((project.services / f"{name}.json").read_text("utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return record if record.alive() else None
+
+
+def find_services(project: Project, prefix: str = "") -> list[Service]:
+    """Every running service whose name starts with `prefix`."""
+    names = sorted(path.stem for path in project.services.glob(f"{prefix}*.json"))
+    return [found for name in names if (found := find_service(project, name)) is not None]
+
+
+def keep(project: Project, found: Service) -> None:
+    """Lets a service outlive the commands that use it, until `release`."""
+    keep_marker(project.services / f"{found.name}.lease").touch()
+
+
+def release(project: Project, found: Service) -> bool:
+    """Takes `keep` back; True once the service is gone, False if another command still uses it."""
+    keep_marker(project.services / f"{found.name}.lease").unlink(missing_ok=True)
+    return wait_ended(project, found)
+
+
+def wait_ended(project: Project, found: Service, timeout_seconds: float = 30.0) -> bool:
+    """True once the service is gone; False if it is to stay, is used by another command, or the time is over."""
+    lease = project.services / f"{found.name}.lease"
+    deadline = time.monotonic() + timeout_seconds
+    while found.alive():
+        if keep_marker(lease).exists() or process.is_leased(lease) or time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@contextlib.contextmanager
+def mlflow_server(project: Project) -> Iterator[Service]:
+    """The local MLflow server: SQLite and artifacts below mlruns/, artifacts only through the server."""
+    project.mlruns.mkdir(parents=True, exist_ok=True)
+
+    def command() -> tuple[list[str], str]:
+        port = free_port(5000)
+        argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        argv += ["--backend-store-uri", f"sqlite:///{project.mlruns / 'mlflow.db'}", "--serve-artifacts"]
+        return [*argv, "--artifacts-destination", (project.mlruns / "artifacts").as_uri()], f"http://127.0.0.1:{port}"
+
+    with service(
+        project, MLFLOW, identity=str(project.mlruns), command=command, health="/health", environment={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    ) as up:
+        yield up
+
+
+@contextlib.contextmanager
+def prefect_server(project: Project) -> Iterator[Service]:
+    """The local Prefect server: SQLite below .tuneserve/prefect."""
+
+    def command() -> tuple[list[str], str]:
+        port = free_port(4200)
+        argv = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        return argv, f"http://127.0.0.1:{port}"
+
+    with service(project, PREFECT, identity=str(project.state / "prefect"), command=command, health="/api/health") as up:
+        yield up
+
+
+@contextlib.contextmanager
+def tracking(project: Project) -> Iterator[str]:
+    """MLflow's URL, also set as MLFLOW_TRACKING_URI: the user's own server if that variable is set already, else the embedded one."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        yield uri
+        return
+    with mlflow_server(project) as server:
+        os.environ["MLFLOW_TRACKING_URI"] = server.url
+        try:
+            yield server.url
+        finally:
+            del os.environ["MLFLOW_TRACKING_URI"]
+
+
+@contextlib.contextmanager
+def orchestration(project: Project) -> Iterator[str]:
+    """Prefect's API URL, also set as PREFECT_API_URL: the user's own server if that variable is set already, else the embedded one."""
+    if url := os.environ.get("PREFECT_API_URL"):
+        yield url
+        return
+    with prefect_server(project) as server:
+        os.environ["PREFECT_API_URL"] = server.url + "/api"
+        try:
+            yield server.url + "/api"
+        finally:
+            del os.environ["PREFECT_API_URL"]

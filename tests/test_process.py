@@ -1,0 +1,117 @@
+"""Nothing that we start outlives us, however we end; what others still use stays."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline import process, services
+from pipeline.errors import ProcessFailed, ServingError
+from pipeline.project import Project
+
+# A child that ignores SIGTERM and has a grandchild in a session of its own, whose parent is gone.
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[1]], start_new_session=True)", sys.argv[1]])
+print("up", flush=True)
+time.sleep(600)
+"""
+PARENT = """
+import sys, time
+from pathlib import Path
+from pipeline import process
+from pipeline.project import Project
+folder = Path(sys.argv[1])
+environment = Project(folder).child_environment()
+child = process.start([sys.executable, "-c", sys.argv[2], str(folder)], name="c", lease=folder / "lease", log=folder / "log", environment=environment, cwd=folder, grace_seconds=0.5)
+time.sleep(600)
+"""
+
+
+def marked(folder: Path) -> list[psutil.Process]:
+    """Running processes that carry `folder` in their command line."""
+    return [p for p in psutil.process_iter(["cmdline"]) if p.pid != psutil.Process().pid and str(folder) in " ".join(p.info["cmdline"] or [])]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_nothing_survives_the_death_of_its_parent(tmp_path: Path, number: signal.Signals) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), STUBBORN])
+    wait_for(lambda: (tmp_path / "log").exists() and "up" in (tmp_path / "log").read_text() and len(marked(tmp_path)) >= 4)
+    parent.send_signal(number)
+    parent.wait()
+    wait_for(lambda: not marked(tmp_path), seconds=10.0)
+
+
+def test_end_ends_all_and_a_failure_names_the_log(tmp_path: Path) -> None:
+    environment = Project(tmp_path).child_environment()
+    start = lambda code: process.start(  # noqa: E731
+        [sys.executable, "-c", code, str(tmp_path)], name="c", lease=tmp_path / "lease", log=tmp_path / "log", environment=environment, cwd=tmp_path, grace_seconds=0.5
+    )
+    child = start(STUBBORN)
+    wait_for(lambda: "up" in (tmp_path / "log").read_text())
+    child.end()
+    assert not marked(tmp_path)
+    child = start("print('the reason'); raise SystemExit(3)")
+    wait_for(lambda: child.poll() is not None)
+    assert child.poll() == 3
+    assert "the reason" in str(child.failure("it failed")) and str(tmp_path / "log") in str(child.failure("it failed"))
+    child.end()
+
+
+@pytest.fixture
+def website(project: Project) -> Iterator[Callable[..., services.service]]:  # type: ignore[valid-type]
+    def start(identity: str = "one", code: str | None = None) -> services.service:  # type: ignore[valid-type]
+        port = services.free_port(0)
+        argv = [sys.executable, "-c", code] if code else [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+        return services.service(project, "web", identity=identity, command=lambda: (argv, f"http://127.0.0.1:{port}"), health="/", start_seconds=20)
+
+    yield start
+    for left in services.find_services(project):
+        services.release(project, left)
+
+
+def test_a_service_is_shared_and_ends_with_its_last_user(project: Project, website: Callable[..., services.service]) -> None:  # type: ignore[valid-type]
+    with website() as first:
+        with website() as second:
+            assert second == first
+        assert first.alive()
+        with pytest.raises(ServingError, match="other settings"), website("two"):
+            pass
+    assert not first.alive()
+    assert services.find_service(project, "web") is None
+
+
+def test_a_kept_service_stays_until_it_is_released(project: Project, website: Callable[..., services.service]) -> None:  # type: ignore[valid-type]
+    with website() as server:
+        services.keep(project, server)
+    assert server.alive()
+    with website() as found:
+        assert found == server
+        assert not services.release(project, server)  # in use
+    assert not server.alive()
+
+
+def test_a_server_that_does_not_come_up_is_an_error_with_its_log(website: Callable[..., services.service]) -> None:  # type: ignore[valid-type]
+    with pytest.raises(ProcessFailed, match="no such thing"), website(code="raise SystemExit('no such thing')"):
+        pass
+
+
+def test_a_taken_port_is_reported_with_its_holder(website: Callable[..., services.service]) -> None:  # type: ignore[valid-type]
+    with website() as server:
+        port = int(server.url.rpartition(":")[2])
+        with pytest.raises(ServingError, match=r"held by process \d+ .*http\.server"):
+            services.require_free_port("127.0.0.1", port)
+        assert services.free_port(port) != port
