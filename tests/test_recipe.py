@@ -1,0 +1,85 @@
+"""Every shipped recipe loads; every fault is found at once, with file, path and what was meant."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import InvalidInput
+from pipeline.recipe import FinetuneRecipe, ServingRecipe, check_recipe, dump_recipe, load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+FINETUNE, SERVING = sorted((RECIPES / "finetune").rglob("*.yaml")), sorted((RECIPES / "serving").rglob("*.yaml"))
+GOOD = "name: shop\nbase_model: tiny\ndataset: {train: t.jsonl, eval: e.jsonl}\n"
+SERVE = "name: s\nbase_model: tiny\nfollow: [shop]\n"
+
+
+def load(tmp_path: Path, text: str, kind: type = FinetuneRecipe) -> FinetuneRecipe | ServingRecipe:
+    path = tmp_path / "r.yaml"
+    path.write_text(text, "utf-8")
+    return load_recipe(path, kind)
+
+
+def faults(tmp_path: Path, text: str, kind: type = FinetuneRecipe) -> dict[str, str]:
+    with pytest.raises(InvalidInput) as caught:
+        load(tmp_path, text, kind)
+    assert {fault.file for fault in caught.value.faults} == {str(tmp_path / "r.yaml")}
+    return {fault.path: fault.message for fault in caught.value.faults}
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.name)
+def test_every_shipped_finetune_recipe_loads(path: Path) -> None:
+    assert load_recipe(path, FinetuneRecipe).name
+    assert check_recipe(path)[0] == []
+
+
+@pytest.mark.parametrize("path", SERVING, ids=lambda path: path.name)
+def test_every_shipped_serving_recipe_loads(path: Path) -> None:
+    assert load_recipe(path, ServingRecipe).follow
+    assert check_recipe(path) == ([], None)
+
+
+def test_there_are_recipes() -> None:
+    assert FINETUNE and SERVING
+
+
+def test_all_faults_at_once_each_with_what_was_meant(tmp_path: Path) -> None:
+    found = faults(tmp_path, GOOD + "lora: {rnak: 8, alpha: -1}\ntraining: {deepspeed: zero4, epochs: many}\nbase_modle: x\n")
+    assert set(found) == {"lora.rnak", "lora.alpha", "training.deepspeed", "training.epochs", "base_modle"}
+    assert "did you mean 'rank'?" in found["lora.rnak"]
+    assert "did you mean 'base_model'?" in found["base_modle"]
+    assert "zero2" in found["training.deepspeed"] and "did you mean 'zero" in found["training.deepspeed"]
+    assert "-1" in found["lora.alpha"]
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    assert faults(tmp_path, "name: shop\nbase_model: tiny\ndataset: {train: t.jsonl}\n") == {"dataset.eval": "is missing; add it"}
+
+
+def test_relations_between_fields_name_a_field_and_a_value_that_works(tmp_path: Path) -> None:
+    assert "use 6" in faults(tmp_path, GOOD + "training: {micro_batch_size: 3, global_batch_size: 8}\n")["training.global_batch_size"]
+    assert "cuda" in faults(tmp_path, GOOD + "training: {device: cpu, deepspeed: zero2}\n")["training.deepspeed"]
+    assert "at least 6" in faults(tmp_path, SERVE + "lora: {max_cpu_loras: 4}\n", ServingRecipe)["lora.max_cpu_loras"]
+
+
+@pytest.mark.parametrize("name", ["image", "..", "a/b", "", "x" * 65, "é"])
+def test_names_that_may_not_be_served(tmp_path: Path, name: str) -> None:
+    assert "name" in faults(tmp_path, GOOD.replace("name: shop", f"name: '{name}'"))
+
+
+def test_an_adapter_may_not_take_the_base_models_name(tmp_path: Path) -> None:
+    assert "base model" in faults(tmp_path, SERVE.replace("shop", "glm-4.5v"), ServingRecipe)["follow"]
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [", "\x00"])
+def test_what_is_no_recipe_is_one_clear_fault(tmp_path: Path, text: str) -> None:
+    assert len(faults(tmp_path, text)) == 1
+
+
+def test_a_missing_file_is_a_fault(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml", FinetuneRecipe)
+
+
+def test_a_dumped_recipe_loads_as_the_same(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD)
+    assert load(tmp_path, dump_recipe(recipe)) == recipe
