@@ -1,0 +1,1 @@
+"""The vLLM boundary: the only package that knows vLLM."""

@@ -1,0 +1,103 @@
+"""A serving recipe as a running vLLM server: `serve_args` says what to run, `replica` runs it."""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pipeline.basemodel import TEMPLATE_FILE, BaseModel, template_digest
+from pipeline.errors import ServingError
+from pipeline.project import Project
+from pipeline.recipe import ServingRecipe, dump_recipe
+from pipeline.services import Service, free_port, require_free_port, service
+from pipeline.serving.settings import SETTINGS_VARIABLE, FollowerSettings
+
+SERVICE_PREFIX = "vllm-"
+PLUGINS = ("tuneserve_cpu_moe", "tuneserve")
+FORBIDDEN = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens endpoints that let any client load any folder",
+    "VLLM_SKIP_MODEL_NAME_VALIDATION": "answers unknown names from the base model",
+}
+START_SECONDS = {"cpu": 300.0, "cuda": 1800.0}
+"""Until the server is ready: 45-110 s on two CPU cores; loading 214 GB onto GPUs takes minutes."""
+
+
+def serve_args(recipe: ServingRecipe, base: Path, port: int) -> list[str]:
+    """The arguments of vLLM's OpenAI server (0.32) for a recipe; pure."""
+    args = ["--model", str(base), "--served-model-name", recipe.served_name, "--host", recipe.host, "--port", str(port)]
+    args += ["--dtype", recipe.precision, "--max-model-len", str(recipe.max_model_len_tokens)]
+    args += ["--tensor-parallel-size", str(recipe.tensor_parallel_size)]
+    args += ["--limit-mm-per-prompt", json.dumps({"image": recipe.max_images, "video": 0})]
+    args += ["--chat-template", str(TEMPLATE_FILE), "--chat-template-content-format", "openai"]
+    args += ["--allowed-media-domains", *(recipe.allowed_media_domains or ("none.invalid",))]
+    lora = recipe.lora
+    args += ["--enable-lora", "--max-lora-rank", str(lora.max_rank), "--max-loras", str(lora.max_loras), "--max-cpu-loras", str(lora.max_cpu_loras)]
+    args += ["--lora-target-modules", *lora.target_modules]
+    args += ["--enforce-eager"] if recipe.device == "cpu" else ["--gpu-memory-utilization", str(recipe.gpu_memory_utilization)]
+    return args
+
+
+def serve_environment(recipe: ServingRecipe, settings: Path) -> dict[str, str]:
+    """What vLLM and our plugin read from the environment for a recipe; pure but for the user's own VLLM_PLUGINS, which are kept."""
+    own = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name and name not in PLUGINS]
+    environment = {"VLLM_PLUGINS": ",".join([*PLUGINS, *own]), "HF_HUB_OFFLINE": "1", SETTINGS_VARIABLE: str(settings)}
+    if recipe.device == "cpu":
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(recipe.kv_cache_gib or 1)))
+    return environment
+
+
+def adapters_token(project: Project) -> Path:
+    """The file with this project's token for the /adapters routes, made at first use; readable by its owner only."""
+    path = project.state / "token"
+    with contextlib.suppress(FileExistsError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(32))
+    return path
+
+
+@contextlib.contextmanager
+def replica(project: Project, recipe: ServingRecipe, base: BaseModel, mlflow_uri: str, waiting: Callable[[], None] = lambda: None) -> Iterator[Service]:
+    """A vLLM server of `recipe`, found or started, that follows the registry at `mlflow_uri` and is ready.
+
+    Raises ServingError (port taken, forbidden environment) or ProcessFailed (vLLM's own failure, with its log's tail).
+    """
+    for variable, reason in FORBIDDEN.items():
+        if os.environ.get(variable):
+            raise ServingError(f"{variable} is set: it {reason}; unset it")
+    name = SERVICE_PREFIX + recipe.name
+    settings = FollowerSettings(
+        mlflow_uri=mlflow_uri,
+        models=recipe.follow,
+        base_revision=base.revision,
+        template_digest=template_digest(),
+        state_dir=project.state / "serving" / recipe.name,
+        token_file=adapters_token(project),
+        poll_seconds=recipe.poll_seconds,
+    )
+    settings_file = project.services / f"{name}.settings"
+
+    def command() -> tuple[list[str], str]:
+        port = require_free_port(recipe.host, recipe.port) if recipe.port else free_port(8000)
+        settings_file.write_text(settings.model_dump_json(indent=2), "utf-8")
+        argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *serve_args(recipe, base.folder, port)]
+        return argv, f"http://{recipe.host}:{port}"
+
+    identity = hashlib.sha256((dump_recipe(recipe) + settings.model_dump_json()).encode()).hexdigest()[:16]
+    with service(
+        project,
+        name,
+        identity=identity,
+        command=command,
+        health="/adapters/ready",
+        headers={"Authorization": f"Bearer {settings.token_file.read_text('utf-8').strip()}"},
+        environment=serve_environment(recipe, settings_file),
+        start_seconds=START_SECONDS[recipe.device],
+        waiting=waiting,
+    ) as up:
+        yield up

@@ -1,0 +1,172 @@
+"""The vLLM side of following the registry: an endpoint plugin, which vLLM's API process loads when VLLM_PLUGINS names `tuneserve`.
+
+What we rely on beyond vLLM's documented plugin contract and `EngineClient.add_lora`; tests/serving/test_vllm_contract.py pins all of it:
+- `state.openai_serving_models.lora_requests`, the dict in which every request looks its model up before the bases (`VllmEngine`);
+- `state.openai_serving_models.base_model_paths` and `.model_config.max_model_len` (`AdapterFollower.init_state`, `.list_models`);
+- the environment switches VLLM_ALLOW_RUNTIME_LORA_UPDATING and VLLM_SKIP_MODEL_NAME_VALIDATION, and `args.api_server_count` (`refusal`).
+"""
+
+import hmac
+import json
+import logging
+import os
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import vllm
+from fastapi import Depends, FastAPI, Header, HTTPException
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.datastructures import State
+from vllm import envs
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora.request import LoRARequest
+
+from pipeline.errors import ServingError
+from pipeline.serving.followed_model import ServedAdapter
+from pipeline.serving.follower import Follower
+from pipeline.serving.local_adapters import LocalAdapters
+from pipeline.serving.registry_reader import RegistryReader
+from pipeline.serving.settings import SETTINGS_VARIABLE, FollowerSettings
+
+logger = logging.getLogger("vllm.tuneserve")  # below "vllm" so that the server's own handler prints it
+
+TESTED_VLLM = ("0.32.0",)
+SYNC_SECONDS = 30.0
+"""How long POST /adapters/sync waits for the sync that it asked for."""
+
+
+class AdapterFollower:
+    """vLLM's endpoint plugin: routes, authentication and start-up around a `Follower`.
+
+    A fault of the configuration ends the server's start, from `attach_router`: vLLM only logs what a plugin's constructor raises and would serve
+    without us. A fault of the moment (MLflow away, a bad adapter) never does; it is in the log and in GET /adapters.
+    """
+
+    name = "tuneserve"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Reads the settings and adds the routes. Raises ServingError, which ends the server, if it may not start so."""
+        args: Namespace = app.state.args
+        if fault := refusal(
+            vllm.__version__, args.enable_lora, args.api_server_count, envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING, envs.VLLM_SKIP_MODEL_NAME_VALIDATION
+        ):
+            raise ServingError(fault)
+        self.settings = read_settings(os.environ)
+        self._authorization = f"Bearer {read_token(self.settings.token_file)}".encode()
+        self._adapters = LocalAdapters(self.settings.state_dir / "adapters")
+        self._follower: Follower | None = None
+        self._models: OpenAIServingModels
+        self._started = int(time.time())
+        app.add_api_route("/v1/models", self.list_models, methods=["GET"])
+        guarded = [Depends(self.authenticate)]
+        app.add_api_route("/adapters", self.show_status, methods=["GET"], dependencies=guarded)
+        app.add_api_route("/adapters/ready", self.show_ready, methods=["GET"], dependencies=guarded)
+        app.add_api_route("/adapters/sync", self.sync_now, methods=["POST"], dependencies=guarded)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Restores and follows. vLLM accepts connections only after this returns, and ends if it raises."""
+        assert engine_client is not None  # only vLLM's render server has none, and `required_tasks` keeps us out of that
+        self._models = state.openai_serving_models
+        taken = frozenset(base.name for base in self._models.base_model_paths) | frozenset(self._models.lora_requests)
+        engine, registry = VllmEngine(engine_client, self._models), RegistryReader(self.settings.mlflow_uri)
+        follower = Follower(self.settings, engine, registry, self._adapters, taken)
+        try:
+            await follower.start()
+        except Exception:  # a server that answers without us is better than none; /adapters/ready stays 503
+            logger.exception("following did not start; the base models are served without adapters")
+        self._follower = follower
+
+    def authenticate(self, authorization: Annotated[str, Header()] = "") -> None:
+        """Lets a request pass that shows our token. vLLM's own API key does not guard these routes."""
+        if not hmac.compare_digest(authorization.encode("latin-1"), self._authorization):
+            raise HTTPException(401, "Authorization: Bearer with this replica's token is needed", {"WWW-Authenticate": "Bearer"})
+
+    async def show_status(self) -> JSONResponse:
+        if self._follower is None:
+            return JSONResponse({"ready": False}, 503)
+        return JSONResponse({"base_models": [base.name for base in self._models.base_model_paths], **self._follower.status()})
+
+    async def show_ready(self) -> JSONResponse:
+        ready = self._follower is not None and self._follower.ready
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+    async def sync_now(self) -> JSONResponse:
+        """Status after a sync that began at this request or later, or after SYNC_SECONDS: compare `live` with what you want."""
+        if self._follower is not None:
+            await self._follower.sync(SYNC_SECONDS)
+        return await self.show_status()
+
+    async def list_models(self) -> JSONResponse:
+        """Replaces vLLM's GET /v1/models, which lists internal names, lists aliased ones twice or never, and shows local paths."""
+        bases = [base.name for base in self._models.base_model_paths]
+        card = {"object": "model", "created": self._started, "owned_by": "tuneserve"}
+        cards = [{"id": base, **card, "root": base, "parent": None, "max_model_len": self._models.model_config.max_model_len} for base in bases]
+        adapters = sorted(self._models.lora_requests.items())
+        cards += [{"id": name, **card, "root": request.lora_name, "parent": bases[0], "max_model_len": None} for name, request in adapters]
+        return JSONResponse({"object": "list", "data": cards})
+
+
+class VllmEngine:
+    """The `Engine` that a vLLM API process offers."""
+
+    def __init__(self, engine_client: EngineClient, models: OpenAIServingModels) -> None:
+        self._engine_client = engine_client
+        self._models = models
+
+    async def load(self, adapter: ServedAdapter) -> None:
+        # Not models.load_lora_adapter: it numbers adapters by arrival, so that a restart would give old numbers to other weights.
+        try:
+            loaded = await self._engine_client.add_lora(lora_request(adapter))
+        except Exception as error:  # vLLM passes every refusal of its engine process on as a bare Exception
+            raise ServingError(f"vLLM refused the adapter: {error}") from error
+        if not loaded:
+            raise ServingError("vLLM did not load the adapter and gave no reason; look at the server's log")
+
+    def point(self, name: str, adapter: ServedAdapter) -> None:
+        # One assignment: a request looks its name up once for the adapter it gets, and keeps that.
+        self._models.lora_requests[name] = lora_request(adapter)
+
+
+def lora_request(adapter: ServedAdapter) -> LoRARequest:
+    return LoRARequest(lora_name=adapter.engine_name, lora_int_id=adapter.lora_id, lora_path=str(adapter.folder))
+
+
+def refusal(version: str, lora_enabled: bool, api_server_count: int | None, runtime_updates: bool, skips_names: bool) -> str | None:
+    """Why a vLLM of this version, started like this, may not follow the registry; None if it may."""
+    if version.partition("+")[0] not in TESTED_VLLM:
+        return f"vLLM {version}: tuneserve is tested with {', '.join(TESTED_VLLM)} only; install that, or run tests/serving/test_vllm_contract.py and add it"
+    if not lora_enabled:
+        return "--enable-lora: missing, and adapters cannot be served without it; start the server with `tuneserve serve`"
+    if api_server_count not in (None, 1):
+        return f"--api-server-count: one API process per engine, or each would follow the registry for itself (got {api_server_count}); pass 1"
+    if runtime_updates:
+        return "VLLM_ALLOW_RUNTIME_LORA_UPDATING: set, so anyone could replace an adapter over HTTP; unset it, the registry alias is the deployment"
+    if skips_names:
+        return "VLLM_SKIP_MODEL_NAME_VALIDATION: set, so unknown adapter names would be answered by the base model; unset it"
+    return None
+
+
+def read_settings(environment: Mapping[str, str]) -> FollowerSettings:
+    path = environment.get(SETTINGS_VARIABLE)
+    if path is None:
+        raise ServingError(f"{SETTINGS_VARIABLE}: not set; start the server with `tuneserve serve`, or name the follower's settings file in it")
+    try:
+        return FollowerSettings.model_validate(json.loads(Path(path).read_text("utf-8")))
+    except (OSError, ValidationError, ValueError) as error:
+        raise ServingError(f"{path}: not the follower's settings ({error}); start the server with `tuneserve serve`") from error
+
+
+def read_token(path: Path) -> str:
+    try:
+        token = path.read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ServingError(f"{path}: the token for /adapters cannot be read ({error}); write one there, mode 0600") from error
+    if not token:
+        raise ServingError(f"{path}: empty, so /adapters would be open to all; write a token there, mode 0600")
+    return token
