@@ -1,0 +1,253 @@
+"""The command `tuneserve`. Every command takes --json, exits 0 only when the thing asked for is true, 1 on a failure, 2 on wrong input.
+
+Heavy packages (torch, vllm, mlflow, prefect, openai) are imported inside the commands that need them: help and `check` stay instant.
+"""
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from pipeline.errors import Fault, InvalidInput, TuneserveError
+
+if TYPE_CHECKING:
+    from pipeline.project import Project
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout.")
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+FINETUNE_RECIPE = "recipes/finetune/catalog-tiny.yaml"
+SERVING_RECIPE = "recipes/serving/tiny-cpu.yaml"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tuneserve")
+def cli() -> None:
+    """Fine-tune GLM-4.5V with LoRA, register the adapter, and promote it into running vLLM servers without merging weights."""
+
+
+@contextlib.contextmanager
+def _flow_servers(project: "Project") -> Iterator[tuple[str, str]]:
+    """MLflow's and Prefect's URLs while both are up; only inside may flows be imported, since Prefect reads its server's URL at import."""
+    from pipeline import services
+    from pipeline.progress import progress
+
+    with contextlib.ExitStack() as stack:
+        with progress("MLflow and Prefect"):
+            urls = stack.enter_context(services.tracking(project)), stack.enter_context(services.orchestration(project))
+        from flows import flushed
+
+        stack.enter_context(flushed())
+        yield urls
+
+
+@cli.command()
+@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
+@json_option
+def check(recipes: tuple[Path, ...], as_json: bool) -> None:
+    """Validate recipes and their data: no GPU, no network."""
+    from pipeline.dataset import check_files
+    from pipeline.project import find_project
+    from pipeline.recipe import check_recipe
+
+    faults: list[Fault] = []
+    for path in recipes:
+        found, files = check_recipe(path)
+        faults += found
+        if files:
+            faults += check_files(files, path, find_project())
+    if as_json:
+        click.echo(json.dumps({"ok": not faults, "errors": [fault.as_dict() for fault in faults]}))
+    elif not faults:
+        click.echo(f"{len(recipes)} recipe{'s' if len(recipes) > 1 else ''} checked, no fault found")
+    else:
+        click.echo("\n".join(str(fault) for fault in faults), err=True)
+    sys.exit(InvalidInput.exit_code if faults else 0)
+
+
+@cli.command()
+@recipe_argument
+@json_option
+def train(recipe: Path, as_json: bool) -> None:
+    """Train the adapter of a finetune recipe and register it as a version."""
+    from pipeline.project import find_project
+    from pipeline.recipe import FinetuneRecipe, load_recipe
+
+    load_recipe(recipe, FinetuneRecipe)  # a wrong recipe is refused before any server starts
+    project = find_project()
+    project.use_environment()
+    with _flow_servers(project) as (mlflow_uri, prefect_url):
+        from flows.finetune import finetune
+
+        version = finetune(str(recipe))
+        result = {"name": version.name, "version": int(version.version), "digest": version.digest, "mlflow_run_id": version.run_id}
+        if as_json:
+            click.echo(json.dumps(result))
+        else:
+            click.echo(f"registered {version.label}, digest {version.digest[:12]}")
+            click.echo(f"run {version.run_id} in MLflow at {mlflow_uri}, flow run in Prefect at {prefect_url.removesuffix('/api')}")
+            click.echo(f"serve it: tuneserve promote {version.label}   (files: {project.relative(project.runs / version.run_id)})")
+
+
+@cli.command()
+@recipe_argument
+@json_option
+def serve(recipe: Path, as_json: bool) -> None:
+    """Run a vLLM server that follows the registry, in the foreground until Ctrl-C."""
+    from pipeline import services
+    from pipeline.basemodel import resolve_base_model
+    from pipeline.errors import ServingError
+    from pipeline.progress import progress
+    from pipeline.project import find_project
+    from pipeline.recipe import ServingRecipe, load_recipe
+    from pipeline.serving.launch import SERVICE_PREFIX, replica
+
+    serving = load_recipe(recipe, ServingRecipe)
+    project = find_project()
+    project.use_environment()
+    if running := services.find_service(project, SERVICE_PREFIX + serving.name):
+        raise ServingError(f"{serving.name} already runs at {running.url} (log {running.log}); use it, or end it with Ctrl-C where it runs or `tuneserve down`")
+    with progress("base model") as report:
+        base = resolve_base_model(serving.base_model, project, report)
+    with contextlib.ExitStack() as stack:
+        mlflow_uri = stack.enter_context(services.tracking(project))
+        with progress(f"vLLM {serving.name}") as report:
+            up = stack.enter_context(replica(project, serving, base, mlflow_uri, lambda: report("starting", 0.0)))
+        if as_json:
+            click.echo(json.dumps({"url": up.url, "mlflow": mlflow_uri, "log": up.log}))
+        else:
+            click.echo(f"serving {serving.served_name} at {up.url}/v1, following {', '.join(serving.follow)} in {mlflow_uri}; log {up.log}; Ctrl-C ends it")
+        while up.alive():
+            time.sleep(0.5)
+        raise ServingError(f"vLLM {serving.name} ended; its log is {up.log}")
+
+
+@cli.command()
+@click.argument("adapter", metavar="NAME[/VERSION]")
+@click.option("--replica", "replica_urls", multiple=True, metavar="URL", help="A replica to wait for; default: every server of this project that is running.")
+@json_option
+def promote(adapter: str, replica_urls: tuple[str, ...], as_json: bool) -> None:
+    """Make a version (default: the newest) the champion, and wait until every replica serves it."""
+    from pipeline import services
+    from pipeline.project import find_project
+    from pipeline.serving.launch import SERVICE_PREFIX
+
+    name, _, version = adapter.partition("/")
+    if not name or (version and not version.isdecimal()):
+        raise InvalidInput([Fault(adapter, "", "give NAME or NAME/VERSION, for example catalog/3")])
+    project = find_project()
+    project.use_environment()
+    urls = list(replica_urls) or [found.url for found in services.find_services(project, SERVICE_PREFIX)]
+    with _flow_servers(project) as (mlflow_uri, _):
+        from flows.promote import promote as flow
+
+        done = flow(name, version or None, urls)
+    previous = done.previous.label if done.previous else None
+    if as_json:
+        click.echo(
+            json.dumps({"name": name, "version": int(done.version.version), "previous": previous, "replicas": done.replicas, "seconds": round(done.seconds, 3)})
+        )
+        return
+    click.echo(f"{done.version.label} is champion in {mlflow_uri} (before: {previous or 'none'})")
+    click.echo(
+        f"live on {', '.join(done.replicas)} after {done.seconds:.1f} s"
+        if done.replicas
+        else "no replica is running; each serves it when it starts: tuneserve serve RECIPE"
+    )
+
+
+@cli.command()
+@json_option
+def up(as_json: bool) -> None:
+    """Start the embedded MLflow and Prefect servers and leave them up."""
+    from pipeline import services
+    from pipeline.progress import progress
+    from pipeline.project import find_project
+
+    project = find_project()
+    project.use_environment()
+    with progress("MLflow and Prefect"), services.mlflow_server(project) as mlflow, services.prefect_server(project) as prefect:
+        for server in (mlflow, prefect):
+            services.keep(project, server)
+    if as_json:
+        click.echo(json.dumps({server.name: server.url for server in (mlflow, prefect)}))
+    else:
+        click.echo(f"MLflow {mlflow.url}   Prefect {prefect.url}   (end them: tuneserve down)")
+
+
+@cli.command()
+@json_option
+def down(as_json: bool) -> None:
+    """End every server that was left up in this project."""
+    from pipeline import services
+    from pipeline.project import find_project
+
+    project = find_project()
+    found = sorted(services.find_services(project), key=lambda server: server.name, reverse=True)  # vLLM before the registry it follows
+    ended = [server.name for server in found if services.release(project, server)]
+    used = [server.name for server in found if server.name not in ended]
+    if as_json:
+        click.echo(json.dumps({"ended": ended, "in_use": used}))
+    else:
+        click.echo(f"ended: {', '.join(ended) or 'nothing was running'}")
+    if used:
+        raise TuneserveError(f"still used by another tuneserve command: {', '.join(used)}; end that command first (Ctrl-C where it runs)")
+
+
+@cli.command()
+@click.option("--keep", is_flag=True, help="Leave the servers up at the end; `tuneserve down` ends them.")
+@click.option("--no-promote", is_flag=True, help="Leave the alias as it is: the new version is not served, and the command fails. Shows what promotion is for.")
+@json_option
+def quickstart(keep: bool, no_promote: bool, as_json: bool) -> None:
+    """The whole main job on a tiny GLM-4.5V: train, register, serve, promote, ask. Minutes on two CPU cores."""
+    from pipeline.project import find_project
+
+    project = find_project()
+    project.use_environment()
+    began = time.monotonic()
+    with _flow_servers(project) as (mlflow_uri, prefect_url):
+        seconds = {"servers": time.monotonic() - began}
+        from flows import quickstart as job
+
+        result = job.quickstart(project, Path(FINETUNE_RECIPE), Path(SERVING_RECIPE), seconds, move_alias=not no_promote, keep=keep)
+        urls = {"mlflow": mlflow_uri, "prefect": prefect_url.removesuffix("/api"), "openai": result.openai_url}
+        click.echo(json.dumps(result.as_dict() | {"urls": urls}) if as_json else job.summary(result, urls, keep))
+    if result.failure:
+        raise TuneserveError(result.failure)
+
+
+def main() -> NoReturn:
+    """Runs a command; turns every expected failure into one message and its exit code."""
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    try:
+        code = cli(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except TuneserveError as error:
+        _fail(error)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: everything that was started has been ended", err=True)
+        sys.exit(130)
+
+
+def _exit_on_sigterm(*_: Any) -> NoReturn:
+    sys.exit(143)
+
+
+def _fail(error: TuneserveError) -> NoReturn:
+    if "--json" in sys.argv:
+        faults = error.faults if isinstance(error, InvalidInput) else (Fault("", "", str(error)),)
+        click.echo(json.dumps({"ok": False, "errors": [fault.as_dict() for fault in faults]}))
+    click.echo(f"tuneserve: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""A project of its own in a temporary folder, and what of ours runs for it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A project with the shipped recipes and data; its base models are the checkout's, since making one takes minutes."""
+
+    root: Path
+    home: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        unwanted = {"PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "TUNESERVE_PROJECT"}
+        return {key: value for key, value in os.environ.items() if key not in unwanted} | {"HOME": str(self.home)}
+
+    def start(self, *args: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "pipeline.cli", *args]
+        return subprocess.Popen(command, cwd=self.root, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, *args: str, seconds: float = 600) -> subprocess.CompletedProcess[str]:
+        process = self.start(*args)
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            out, err = process.communicate()
+            raise AssertionError(f"{args} took over {seconds} s:\n{out}\n{err}") from None
+        return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+    def json(self, *args: str, seconds: float = 600) -> dict[str, Any]:
+        """The last line of stdout of a command that must succeed."""
+        done = self.run(*args, seconds=seconds)
+        assert done.returncode == 0, f"{args} exited {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+    def processes(self) -> list[psutil.Process]:
+        """Every running process that works for this project: its environment names it."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+                if environment.get("TUNESERVE_PROJECT") == str(self.root) or (environment.get("HOME") == str(self.home)):
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+    def wait_until_nothing_runs(self, seconds: float) -> float:
+        """Seconds until no process of this project is left; fails, naming them, if some still are after `seconds`."""
+        began = time.monotonic()
+        while left := self.processes():
+            assert time.monotonic() - began < seconds, f"still running: {[' '.join(process.cmdline())[:200] for process in left]}"
+            time.sleep(0.1)
+        return time.monotonic() - began
+
+
+def make_sandbox(folder: Path) -> Sandbox:
+    root, home = folder / "project", folder / "home"
+    home.mkdir(parents=True)
+    for name in ("recipes", "data"):
+        shutil.copytree(ROOT / name, root / name)
+    bases = ROOT / ".tuneserve" / "bases"
+    bases.mkdir(parents=True, exist_ok=True)
+    (root / ".tuneserve").mkdir()
+    (root / ".tuneserve" / "bases").symlink_to(bases)
+    return Sandbox(root, home)

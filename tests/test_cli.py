@@ -1,0 +1,69 @@
+"""The command line's contract: exit codes, one JSON object, remedies, and a help that starts at once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+HEAVY = ("torch", "vllm", "mlflow", "prefect", "swift", "transformers")
+
+
+def tuneserve(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run([sys.executable, "-m", "pipeline.cli", *args], capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+def test_help_and_check_import_nothing_heavy() -> None:
+    code = f"""
+import sys
+from click.testing import CliRunner
+from pipeline.cli import cli
+assert CliRunner().invoke(cli, ["--help"]).exit_code == 0
+assert CliRunner().invoke(cli, ["check", "recipes/finetune/catalog-tiny.yaml"]).exit_code == 0
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_shipped_recipes_pass_the_check() -> None:
+    recipes = sorted(str(path) for path in (ROOT / "recipes").rglob("*.yaml"))
+    done = tuneserve("check", "--json", *recipes)
+    assert json.loads(done.stdout) == {"ok": True, "errors": []}
+    assert done.returncode == 0
+
+
+def test_check_finds_exactly_what_is_wrong(tmp_path: Path) -> None:
+    text = (ROOT / "recipes/finetune/catalog-tiny.yaml").read_text("utf-8")
+    text = text.replace("lora:\n", "lora:\n  rnak: 8\n").replace("training:\n", "training:\n  deepspeed: zero4\n").replace("catalog/train.jsonl", "catalog/none.jsonl")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(text, "utf-8")
+    done = tuneserve("check", "--json", str(bad))
+    answer = json.loads(done.stdout)
+    assert done.returncode == 2
+    assert not answer["ok"]
+    assert {(error["file"], error["path"]) for error in answer["errors"]} == {(str(bad), path) for path in ("lora.rnak", "training.deepspeed", "dataset.train")}
+    assert len(answer["errors"]) == 3
+    assert "did you mean 'rank'?" in next(error["message"] for error in answer["errors"] if error["path"] == "lora.rnak")
+    plain = tuneserve("check", str(bad))
+    assert plain.returncode == 2 and plain.stdout == "" and "lora.rnak" in plain.stderr
+
+
+@pytest.mark.parametrize(
+    "args", [["check"], ["train"], ["nonsense"], ["check", "--wrong", "x"], ["train", "none.yaml"], ["serve", "none.yaml"], ["promote", "catalog/x"], ["promote", "/1"]]
+)
+def test_a_wrong_invocation_exits_2_and_says_why(args: list[str], tmp_path: Path) -> None:
+    done = tuneserve(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / ".tuneserve").exists()
+
+
+def test_down_with_nothing_running_says_so(tmp_path: Path) -> None:
+    done = tuneserve("down", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "ended: nothing was running\n")
