@@ -224,6 +224,7 @@ def quickstart(keep: bool, no_promote: bool, as_json: bool) -> None:
 def main() -> NoReturn:
     """Runs a command; turns every expected failure into one message and its exit code."""
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     try:
         code = cli(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
