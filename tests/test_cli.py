@@ -40,7 +40,11 @@ def test_shipped_recipes_pass_the_check() -> None:
 
 def test_check_finds_exactly_what_is_wrong(tmp_path: Path) -> None:
     text = (ROOT / "recipes/finetune/catalog-tiny.yaml").read_text("utf-8")
-    text = text.replace("lora:\n", "lora:\n  rnak: 8\n").replace("training:\n", "training:\n  deepspeed: zero4\n").replace("catalog/train.jsonl", "catalog/none.jsonl")
+    text = (
+        text.replace("lora:\n", "lora:\n  rnak: 8\n")
+        .replace("training:\n", "training:\n  deepspeed: zero4\n")
+        .replace("catalog/train.jsonl", "catalog/none.jsonl")
+    )
     bad = tmp_path / "bad.yaml"
     bad.write_text(text, "utf-8")
     done = tuneserve("check", "--json", str(bad))
@@ -55,7 +59,17 @@ def test_check_finds_exactly_what_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [["check"], ["train"], ["nonsense"], ["check", "--wrong", "x"], ["train", "none.yaml"], ["serve", "none.yaml"], ["promote", "catalog/x"], ["promote", "/1"]]
+    "args",
+    [
+        ["check"],
+        ["train"],
+        ["nonsense"],
+        ["check", "--wrong", "x"],
+        ["train", "none.yaml"],
+        ["serve", "none.yaml"],
+        ["promote", "catalog/x"],
+        ["promote", "/1"],
+    ],
 )
 def test_a_wrong_invocation_exits_2_and_says_why(args: list[str], tmp_path: Path) -> None:
     done = tuneserve(*args, cwd=tmp_path)

@@ -30,7 +30,15 @@ def test_every_bad_row_is_named_with_its_reason(tmp_path: Path) -> None:
     typo["messages"][0]["role"] = "usr"  # type: ignore[index]
     rows = [row(), row(image="none.png"), two_tags, typo, "{", [], row(colour="red"), row(answer="")]
     found = faults(write_rows(tmp_path / "d.jsonl", rows))
-    assert [where for where, _ in found] == ["row 2.images.0", "row 3.images", "row 4.messages.0.role", "row 5", "row 6", "row 7.colour", "row 8.messages.1.content"]
+    assert [where for where, _ in found] == [
+        "row 2.images.0",
+        "row 3.images",
+        "row 4.messages.0.role",
+        "row 5",
+        "row 6",
+        "row 7.colour",
+        "row 8.messages.1.content",
+    ]
     assert "none.png does not exist" in found[0][1] and "1 images for 2" in found[1][1] and "'usr'" in found[2][1]
 
 

@@ -58,7 +58,13 @@ def test_nothing_survives_the_death_of_its_parent(tmp_path: Path, number: signal
 def test_end_ends_all_and_a_failure_names_the_log(tmp_path: Path) -> None:
     environment = Project(tmp_path).child_environment()
     start = lambda code: process.start(  # noqa: E731
-        [sys.executable, "-c", code, str(tmp_path)], name="c", lease=tmp_path / "lease", log=tmp_path / "log", environment=environment, cwd=tmp_path, grace_seconds=0.5
+        [sys.executable, "-c", code, str(tmp_path)],
+        name="c",
+        lease=tmp_path / "lease",
+        log=tmp_path / "log",
+        environment=environment,
+        cwd=tmp_path,
+        grace_seconds=0.5,
     )
     child = start(STUBBORN)
     wait_for(lambda: "up" in (tmp_path / "log").read_text())

@@ -65,14 +65,12 @@ def read_adapter(folder: Path) -> Adapter:
     if tensors == 0:
         raise AdapterInvalid(f"{weights_path}: holds no tensors")
     modules = config.get("target_modules") or ()
-    return Adapter(
-        folder=folder,
-        digest=digest,
-        rank=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
-        target_modules=(modules,) if isinstance(modules, str) else tuple(sorted(modules)),
-        tensors=tensors,
-    )
+    try:
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        target_modules = (modules,) if isinstance(modules, str) else tuple(sorted(modules))
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterInvalid(f"{config_path}: a field is missing or of the wrong kind ({error!r}); train the adapter again") from error
+    return Adapter(folder, digest, rank, alpha, target_modules, tensors)
 
 
 def name_fault(name: str, base_names: frozenset[str] | set[str] = frozenset()) -> str | None:

@@ -17,13 +17,12 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_
 
 from pipeline.adapter import ADAPTER_FILES, Adapter
 from pipeline.errors import RegistryError
+from pipeline.version import ARTIFACT_FOLDER, BASE_REVISION_TAG, CHAMPION, DIGEST_TAG, PREVIOUS_TAG, TAG, TEMPLATE_DIGEST_TAG
 
 EXPERIMENT = "tuneserve"
-CHAMPION = "champion"
-ARTIFACT_FOLDER = "adapter"
 EXTRA_FILES = ("swift_args.json", "recipe.yaml")
 """What a version holds beside the adapter itself; nothing else is ever logged."""
-TAG = "tuneserve."
+RETRY_SECONDS = 2.0
 FLUSH_SECONDS = 30.0
 
 
@@ -82,21 +81,30 @@ class Registry:
             raise
 
     def register(self, name: str, run_id: str, adapter: Adapter, extra_files: Mapping[str, str], base_revision: str, template_digest: str) -> Version:
-        """Uploads the adapter's files and `extra_files` (name -> text, names from EXTRA_FILES) and makes them the next version of `name`."""
+        """Uploads the adapter's files and `extra_files` (name -> text, names from EXTRA_FILES) and makes them the next version of `name`.
+
+        If MLflow is away longer than its client retries, the RegistryError says where the adapter is kept.
+        """
+        if foreign := extra_files.keys() - set(EXTRA_FILES):
+            raise RegistryError(f"{', '.join(sorted(foreign))} may not be logged with a version; allowed are {', '.join(EXTRA_FILES)}")
+        try:
+            return self._register(name, run_id, adapter, extra_files, base_revision, template_digest)
+        except RegistryError as error:
+            raise RegistryError(f"{error} The adapter is trained and kept in {adapter.folder}.") from error
+
+    def _register(self, name: str, run_id: str, adapter: Adapter, extra_files: Mapping[str, str], base_revision: str, template_digest: str) -> Version:
         with _translated(self.uri):
             for file in ADAPTER_FILES:
                 self.client.log_artifact(run_id, str(adapter.folder / file), ARTIFACT_FOLDER)
             for file, text in extra_files.items():
-                if file not in EXTRA_FILES:
-                    raise RegistryError(f"{file} may not be logged with a version; allowed are {', '.join(EXTRA_FILES)}")
                 self.client.log_text(run_id, text, f"{ARTIFACT_FOLDER}/{file}")
             try:
                 self.client.create_registered_model(name)
             except MlflowException as error:
                 if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                     raise
-            tags = {"digest": adapter.digest, "base_revision": base_revision, "template_digest": template_digest}
-            created = self.client.create_model_version(name, f"runs:/{run_id}/{ARTIFACT_FOLDER}", run_id, {TAG + key: value for key, value in tags.items()})
+            tags = {DIGEST_TAG: adapter.digest, BASE_REVISION_TAG: base_revision, TEMPLATE_DIGEST_TAG: template_digest}
+            created = self.client.create_model_version(name, f"runs:/{run_id}/{ARTIFACT_FOLDER}", run_id, tags)
         return _version(created)
 
     def version(self, name: str, version: str | None = None) -> Version:
@@ -123,7 +131,7 @@ class Registry:
     def set_champion(self, version: Version, previous: Version | None) -> None:
         """Moves the alias, and writes on the version what was champion before (MLflow keeps no history of aliases)."""
         with _translated(self.uri):
-            self.client.set_model_version_tag(version.name, version.version, TAG + "previous_champion", previous.version if previous else "none")
+            self.client.set_model_version_tag(version.name, version.version, PREVIOUS_TAG, previous.version if previous else "none")
             self.client.set_registered_model_alias(version.name, CHAMPION, version.version)
 
     def unset_champion(self, name: str) -> None:
@@ -164,7 +172,7 @@ class TrainingRun:
                 del pending[:1000]
             except Exception as error:  # whatever is wrong with MLflow, training goes on; MLflow's own client has retried before
                 print(f"MLflow takes no metrics ({type(error).__name__}); trying again", file=sys.stderr)
-                time.sleep(2.0)
+                time.sleep(RETRY_SECONDS)
 
     def tag(self, values: Mapping[str, str]) -> None:
         """Adds lineage that is known only now."""
@@ -193,12 +201,12 @@ def _translated(uri: str) -> Iterator[None]:
 
 def _version(found: MlflowVersion) -> Version:
     def tag(name: str) -> str:
-        value = found.tags.get(TAG + name)
+        value = found.tags.get(name)
         if not value:
-            raise RegistryError(f"{found.name}/{found.version} has no tag {TAG}{name}: it was not registered by tuneserve; register it with `tuneserve train`")
+            raise RegistryError(f"{found.name}/{found.version} has no tag {name}: it was not registered by tuneserve; register it with `tuneserve train`")
         return str(value)
 
-    return Version(found.name, str(found.version), tag("digest"), tag("base_revision"), tag("template_digest"), found.run_id or "")
+    return Version(found.name, str(found.version), tag(DIGEST_TAG), tag(BASE_REVISION_TAG), tag(TEMPLATE_DIGEST_TAG), found.run_id or "")
 
 
 def tracking_uri() -> str:

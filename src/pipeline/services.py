@@ -163,8 +163,11 @@ def wait_healthy(child: process.Child, url: str, headers: Mapping[str, str] | No
         if child.poll() is not None:
             raise child.failure(f"{child.name} ended before it was up")
         try:
-            if httpx.get(url, headers=headers, timeout=5.0, trust_env=False).status_code == httpx.codes.OK:
+            status = httpx.get(url, headers=headers, timeout=5.0, trust_env=False).status_code
+            if status == httpx.codes.OK:
                 return
+            if status == httpx.codes.NOT_FOUND:  # vLLM goes on without a plugin that it could not load
+                raise child.failure(f"{child.name} is up but knows no {url}")
         except httpx.TransportError:
             pass
         if time.monotonic() > deadline:

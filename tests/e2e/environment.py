@@ -35,10 +35,10 @@ class Sandbox:
         process = self.start(*args)
         try:
             out, err = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             process.terminate()
             out, err = process.communicate()
-            raise AssertionError(f"{args} took over {seconds} s:\n{out}\n{err}") from None
+            raise AssertionError(f"{args} did not end ({error!r}):\n{out}\n{err}") from error
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
     def json(self, *args: str, seconds: float = 600) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from openai import OpenAI
 from pipeline.adapter import ADAPTER_FILES
 from pipeline.dataset import Example, read_examples
 from pipeline.evaluation import openai_messages
-from pipeline.registry import ARTIFACT_FOLDER, EXTRA_FILES
+from pipeline.registry import EXTRA_FILES
+from pipeline.version import ARTIFACT_FOLDER
 from tests.e2e.conftest import Quickstart
 
 
@@ -91,7 +92,18 @@ def test_the_run_tells_where_the_adapter_comes_from(quickstart: Quickstart) -> N
     run = quickstart.registry.client.get_run(quickstart.answer["mlflow_run_id"])
     assert run.info.status == "FINISHED"
     tags = {key.removeprefix("tuneserve."): value for key, value in run.data.tags.items() if key.startswith("tuneserve.")}
-    wanted = {"base_revision", "template_digest", "dataset_digest", "dataset_train_rows", "git_commit", "git_dirty", "version.ms-swift", "hardware.cpu", "train_seconds", "digest"}
+    wanted = {
+        "base_revision",
+        "template_digest",
+        "dataset_digest",
+        "dataset_train_rows",
+        "git_commit",
+        "git_dirty",
+        "version.ms-swift",
+        "hardware.cpu",
+        "train_seconds",
+        "digest",
+    }
     assert wanted <= set(tags)
     assert run.data.params["lora.rank"] == "16"
     losses = quickstart.registry.client.get_metric_history(run.info.run_id, "loss")
@@ -126,4 +138,3 @@ def test_a_killed_training_leaves_nothing_running(quickstart: Quickstart) -> Non
     while left := {process.pid for process in quickstart.sandbox.processes()} - before:
         assert time.monotonic() < deadline, f"left running: {left}"
         time.sleep(0.1)
-

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 from pipeline.adapter import name_fault
 from pipeline.errors import RegistryError, ServingError, TuneserveError
 from pipeline.serving.local_adapters import LocalAdapters
-from pipeline.serving.registry_reader import ALIAS, BASE_REVISION_TAG, DIGEST_TAG, TEMPLATE_DIGEST_TAG, RegisteredVersion
+from pipeline.serving.registry_reader import RegisteredVersion
 from pipeline.serving.settings import FollowerSettings
+from pipeline.version import BASE_REVISION_TAG, CHAMPION, DIGEST_TAG, TEMPLATE_DIGEST_TAG
 
 logger = logging.getLogger("vllm.tuneserve")  # below "vllm" so that the server's own handler prints it
 
@@ -177,7 +178,7 @@ class FollowedModel:
         self.registry_error, self.read_at, self.wanted = None, time.monotonic(), wanted
         if wanted is None:
             still = f"{self.name}/{self.live.version} is still served; " if self.live else ""
-            self._report(f"{self.name}: MLflow has no version with alias '{ALIAS}'; {still}promote a version")
+            self._report(f"{self.name}: MLflow has no version with alias '{CHAMPION}'; {still}promote a version")
         elif self.live and (wanted.version, wanted.digest) == (self.live.version, self.live.digest):
             self._refusal = None
             self._report(None)

@@ -22,6 +22,8 @@ FORBIDDEN = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens endpoints that let any client load any folder",
     "VLLM_SKIP_MODEL_NAME_VALIDATION": "answers unknown names from the base model",
 }
+DRAIN_SECONDS = 3
+"""On SIGTERM, how long running answers may take to end; below process.GRACE_SECONDS, after which everything is killed."""
 START_SECONDS = {"cpu": 300.0, "cuda": 1800.0}
 """Until the server is ready: 45-110 s on two CPU cores; loading 214 GB onto GPUs takes minutes."""
 
@@ -37,6 +39,7 @@ def serve_args(recipe: ServingRecipe, base: Path, port: int) -> list[str]:
     lora = recipe.lora
     args += ["--enable-lora", "--max-lora-rank", str(lora.max_rank), "--max-loras", str(lora.max_loras), "--max-cpu-loras", str(lora.max_cpu_loras)]
     args += ["--lora-target-modules", *lora.target_modules]
+    args += ["--shutdown-timeout", str(DRAIN_SECONDS)]
     args += ["--enforce-eager"] if recipe.device == "cpu" else ["--gpu-memory-utilization", str(recipe.gpu_memory_utilization)]
     return args
 

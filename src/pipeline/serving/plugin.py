@@ -71,7 +71,8 @@ class AdapterFollower:
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Restores and follows. vLLM accepts connections only after this returns, and ends if it raises."""
-        assert engine_client is not None  # only vLLM's render server has none, and `required_tasks` keeps us out of that
+        if engine_client is None:
+            raise ServingError("vLLM's render server has no engine to follow the registry with; leave `tuneserve` out of its VLLM_PLUGINS")
         self._models = state.openai_serving_models
         taken = frozenset(base.name for base in self._models.base_model_paths) | frozenset(self._models.lora_requests)
         engine, registry = VllmEngine(engine_client, self._models), RegistryReader(self.settings.mlflow_uri)

@@ -12,11 +12,7 @@ import httpx
 
 from pipeline.adapter import ADAPTER_FILES
 from pipeline.errors import RegistryError
-
-ALIAS = "champion"
-DIGEST_TAG = "tuneserve.digest"
-BASE_REVISION_TAG = "tuneserve.base_revision"
-TEMPLATE_DIGEST_TAG = "tuneserve.template_digest"
+from pipeline.version import BASE_REVISION_TAG, CHAMPION, DIGEST_TAG, TEMPLATE_DIGEST_TAG
 
 API = "/api/2.0/mlflow"
 ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
@@ -89,7 +85,7 @@ class RegistryReader:
 
     async def champion(self, model: str) -> RegisteredVersion | None:
         """The version that alias `champion` of `model` points to; None when there is no such model or alias."""
-        answer = await self._get(f"{API}/registered-models/alias", name=model, alias=ALIAS)
+        answer = await self._get(f"{API}/registered-models/alias", name=model, alias=CHAMPION)
         if answer is None:
             return None
         try:
