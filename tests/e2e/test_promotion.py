@@ -1,0 +1,82 @@
+"""Versions come and go under the same served name: promoted, refused, called by number, left without an alias. Runs after the main job's tests."""
+
+import json
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import OpenAI
+from safetensors.numpy import load_file, save_file
+
+from pipeline.adapter import read_adapter
+from pipeline.dataset import read_examples
+from pipeline.evaluation import openai_messages
+from pipeline.registry import Registry, Version
+from pipeline.version import CHAMPION, DIGEST_TAG
+from tests.e2e.conftest import Quickstart
+
+
+def answering(quickstart: Quickstart, model: str) -> str:
+    """The version that answers a request for `model`."""
+    example = read_examples(quickstart.sandbox.root / "data/catalog/eval.jsonl")[0]
+    client = OpenAI(base_url=quickstart.openai, api_key="none")
+    return client.chat.completions.create(model=model, messages=openai_messages(example), max_tokens=16, temperature=0).model
+
+
+def register_variant(quickstart: Quickstart, folder: Path, scale: float) -> Version:
+    """The first version with its update scaled, registered as the next one."""
+    registry: Registry = quickstart.registry
+    first = registry.version("catalog", "1")
+    shutil.copytree(quickstart.sandbox.root / ".tuneserve/runs" / first.run_id / "adapter", folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    scaled = {key: value * scale if "lora_B" in key else value for key, value in weights.items()}
+    save_file(scaled, folder / "adapter_model.safetensors")
+    with registry.run("variant", {}, {}) as run:
+        return registry.register("catalog", run.run_id, read_adapter(folder), {}, first.base_revision, first.template_digest)
+
+
+def served(quickstart: Quickstart) -> dict[str, object]:
+    answer = httpx.get(f"{quickstart.replica}/adapters", headers={"Authorization": f"Bearer {quickstart.token}"})
+    found: dict[str, object] = answer.json()["models"]["catalog"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def second(quickstart: Quickstart, tmp_path_factory: pytest.TempPathFactory) -> Version:
+    version = register_variant(quickstart, tmp_path_factory.mktemp("second") / "adapter", 0.5)
+    answer = quickstart.sandbox.json("promote", "catalog", "--json")
+    assert (answer["version"], answer["previous"]) == (int(version.version), "catalog/1")
+    assert answer["replicas"] == [quickstart.replica]
+    return version
+
+
+def test_a_promoted_version_answers_and_the_one_before_stays_callable(quickstart: Quickstart, second: Version) -> None:
+    assert answering(quickstart, "catalog") == f"{second.label}@{second.digest[:8]}"
+    assert answering(quickstart, "catalog/1").startswith("catalog/1@")
+    assert answering(quickstart, "glm-4.5v") == "glm-4.5v"
+    ids = [model["id"] for model in httpx.get(f"{quickstart.openai}/models").json()["data"]]
+    assert sorted(ids) == ["catalog", "catalog/1", second.label, "glm-4.5v"]
+
+
+def test_a_version_that_is_not_what_its_tag_says_is_refused_and_the_alias_goes_back(quickstart: Quickstart, second: Version, tmp_path: Path) -> None:
+    bad = register_variant(quickstart, tmp_path / "adapter", 0.25)
+    quickstart.registry.client.set_model_version_tag("catalog", bad.version, DIGEST_TAG, "0" * 64)
+    done = quickstart.sandbox.run("promote", bad.label, "--json", seconds=120)
+    assert done.returncode == 1
+    assert "changed after registration" in done.stderr and "alias is back" in done.stderr
+    assert not json.loads(done.stdout.splitlines()[-1])["ok"]
+    assert quickstart.registry.champion("catalog") == second
+    assert answering(quickstart, "catalog").startswith(f"{second.label}@")
+
+
+def test_an_alias_that_vanishes_leaves_its_version_serving(quickstart: Quickstart, second: Version) -> None:
+    quickstart.registry.unset_champion("catalog")
+    httpx.post(f"{quickstart.replica}/adapters/sync", headers={"Authorization": f"Bearer {quickstart.token}"}, timeout=30)
+    assert answering(quickstart, "catalog").startswith(f"{second.label}@")
+    assert CHAMPION in str(served(quickstart)["error"])
+
+
+def test_going_back_is_moving_the_alias(quickstart: Quickstart, second: Version) -> None:
+    assert quickstart.sandbox.json("promote", "catalog/1", "--json")["version"] == 1
+    assert answering(quickstart, "catalog").startswith("catalog/1@")
