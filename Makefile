@@ -1,5 +1,6 @@
 # Needs git, make and a Python >= 3.11 with venv; everything else is installed into .venv from the lock.
-EXTRA ?= cpu
+# cpu or gpu; once set up for gpu it stays so until `make setup EXTRA=cpu`.
+EXTRA ?= $(if $(wildcard .venv/.ready-gpu),gpu,cpu)
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 UV_VERSION := 0.13.9
 BIN := .venv/bin

@@ -15,7 +15,8 @@ move_alias = task(cache_policy=NO_CACHE, persist_result=False, name="move_alias"
 
 @flow(name="promote", flow_run_name="promote {name}/{version}", persist_result=False)
 def promote(name: str, version: str | None, replica_urls: list[str]) -> Promotion:
+    project = find_project()
     registered = Registry(registry.tracking_uri())
     candidate = registered.version(name, version)
-    token = adapters_token(find_project()).read_text("utf-8").strip()  # read here: a flow's parameters are stored
-    return move_alias(registered, candidate, [Replica(url, token) for url in replica_urls])
+    token = adapters_token(project).read_text("utf-8").strip()  # read here: a flow's parameters are stored
+    return move_alias(registered, candidate, [Replica(url, token) for url in replica_urls], project.services / f"promote-{name}.lock")

@@ -67,8 +67,8 @@ def quickstart(project: Project, finetune_recipe: Path, serving_recipe: Path, se
             with progress("asking the adapter") as report:
                 adapter_answers = _ask_adapter(up.url, version, questions, report)
         if keep:
-            for server in services.find_services(project):
-                services.keep(project, server)
+            for server in (up, *(found for found in services.find_services(project) if found.name in (services.MLFLOW, services.PREFECT))):
+                services.keep(server)
     seconds["total"] = sum(seconds.values())
     champion = Registry(registry.tracking_uri()).champion(version.name)
     return Result(version, base_answers, adapter_answers, seconds, f"{up.url}/v1", _failure(version, champion, base_answers, adapter_answers))

@@ -86,7 +86,7 @@ def website(project: Project) -> Iterator[Callable[..., services.service]]:  # t
 
     yield start
     for left in services.find_services(project):
-        services.release(project, left)
+        services.release(left)
 
 
 def test_a_service_is_shared_and_ends_with_its_last_user(project: Project, website: Callable[..., services.service]) -> None:  # type: ignore[valid-type]
@@ -96,23 +96,61 @@ def test_a_service_is_shared_and_ends_with_its_last_user(project: Project, websi
         assert first.alive()
         with pytest.raises(ServingError, match="other settings"), website("two"):
             pass
+    services.wait_all_ended(project)
     assert not first.alive()
     assert services.find_service(project, "web") is None
 
 
 def test_a_kept_service_stays_until_it_is_released(project: Project, website: Callable[..., services.service]) -> None:  # type: ignore[valid-type]
     with website() as server:
-        services.keep(project, server)
+        services.keep(server)
     assert server.alive()
     with website() as found:
         assert found == server
-        assert not services.release(project, server)  # in use
+        assert not services.release(server)  # in use
+    services.wait_all_ended(project)
     assert not server.alive()
 
 
 def test_a_server_that_does_not_come_up_is_an_error_with_its_log(website: Callable[..., services.service]) -> None:  # type: ignore[valid-type]
     with pytest.raises(ProcessFailed, match="no such thing"), website(code="raise SystemExit('no such thing')"):
         pass
+
+
+def test_anothers_server_on_our_port_is_not_taken_for_ours(project: Project, website: Callable[..., services.service]) -> None:  # type: ignore[valid-type]
+    with website() as other:
+        argv = [sys.executable, "-c", "import time; time.sleep(600)"]
+        mine = services.service(project, "mine", identity="x", command=lambda: (argv, other.url), health="/", start_seconds=1.5)
+        with pytest.raises(ProcessFailed, match="mine was not up"), mine:
+            pass
+
+
+def test_what_a_killed_starter_left_is_waited_for(project: Project, website: Callable[..., services.service]) -> None:  # type: ignore[valid-type]
+    lease = project.services / "web@1-1.lease"
+    environment = project.child_environment()
+    orphan = process.start(
+        [sys.executable, "-c", "import time; time.sleep(600)"], name="web", lease=lease, log=project.logs / "o.log", environment=environment, cwd=project.root
+    )
+    orphan.lease.close()  # as when the command that was starting it dies
+    with website() as server:
+        assert orphan.poll() is not None
+        assert not lease.exists()
+        assert server.alive()
+
+
+def test_a_log_is_kept_once_more(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        child = process.start(
+            [sys.executable, "-c", f"print('{text}')"],
+            name="c",
+            lease=tmp_path / "l",
+            log=tmp_path / "log",
+            environment=Project(tmp_path).child_environment(),
+            cwd=tmp_path,
+        )
+        wait_for(lambda child=child: child.poll() is not None)  # type: ignore[misc]
+        child.end()
+    assert ((tmp_path / "log.1").read_text(), (tmp_path / "log").read_text()) == ("first\n", "second\n")
 
 
 def test_a_taken_port_is_reported_with_its_holder(website: Callable[..., services.service]) -> None:  # type: ignore[valid-type]

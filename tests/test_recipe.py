@@ -61,6 +61,15 @@ def test_relations_between_fields_name_a_field_and_a_value_that_works(tmp_path: 
     assert "at least 6" in faults(tmp_path, SERVE + "lora: {max_cpu_loras: 4}\n", ServingRecipe)["lora.max_cpu_loras"]
 
 
+@pytest.mark.parametrize("lora", ["{rank: '16'}", "{rank: true}", "{alpha: .inf}", "{rank: 8, rank: 16}", "{rank: 1.5}", "{target_modules: q_proj}"])
+def test_nothing_is_guessed_from_a_value_of_the_wrong_kind(tmp_path: Path, lora: str) -> None:
+    assert faults(tmp_path, GOOD + f"lora: {lora}\n")
+
+
+def test_a_followed_model_is_named_once(tmp_path: Path) -> None:
+    assert "once" in faults(tmp_path, SERVE.replace("[shop]", "[shop, shop]"), ServingRecipe)["follow"]
+
+
 @pytest.mark.parametrize("name", ["image", "..", "a/b", "", "x" * 65, "é"])
 def test_names_that_may_not_be_served(tmp_path: Path, name: str) -> None:
     assert "name" in faults(tmp_path, GOOD.replace("name: shop", f"name: '{name}'"))

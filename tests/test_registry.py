@@ -1,12 +1,13 @@
 """The registry against MLflow's real store (SQLite in a file, no server), and metrics while MLflow is away."""
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from pipeline.adapter import read_adapter
 from pipeline.errors import RegistryError
@@ -50,14 +51,15 @@ def test_a_run_becomes_a_version_with_its_lineage_and_only_allowed_files(registr
 
 def test_the_alias_moves_and_its_past_is_written_down(registry: Registry, tmp_path: Path) -> None:
     first, second = register(registry, tmp_path / "a", "toys"), register(registry, tmp_path / "b", "toys")
-    assert registry.champion("toys") is None
-    registry.set_champion(first, None)
-    registry.set_champion(second, first)
-    assert registry.champion("toys") == second
+    assert registry.champion("toys") is None and registry.champion_number("toys") is None
+    registry.move_champion("toys", first.version)
+    registry.move_champion("toys", second.version)
+    registry.record_previous(second, first.version)
+    assert registry.champion("toys") == second and registry.champion_number("toys") == "2"
     assert registry.client.get_model_version("toys", "2").tags["tuneserve.previous_champion"] == "1"
     assert registry.version("toys") == second
     assert registry.version("toys", "1") == first
-    registry.unset_champion("toys")
+    registry.move_champion("toys", None)
     assert registry.champion("toys") is None
 
 
@@ -76,30 +78,81 @@ def test_a_run_that_ends_badly_says_how(registry: Registry, error: type[BaseExce
     assert registry.client.get_run(run.run_id).info.status == status
 
 
-def test_a_version_that_tuneserve_did_not_register_is_refused(registry: Registry) -> None:
+def test_a_version_that_tuneserve_did_not_register_is_refused_but_can_be_left(registry: Registry) -> None:
     registry.client.create_registered_model("foreign")
     registry.client.create_model_version("foreign", "runs:/x/adapter")
     with pytest.raises(RegistryError, match="tuneserve train"):
         registry.version("foreign", "1")
+    registry.move_champion("foreign", "1")
+    assert registry.champion_number("foreign") == "1"
 
 
-def test_metrics_wait_for_mlflow_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[int] = []
-    away = threading.Event()
+class Flaky:
+    """An MLflow client whose every first call fails with `error`; what gets through is in `sent`."""
 
-    def log_batch(run_id: str, metrics: list[object]) -> None:
-        if not away.is_set():
-            away.set()
-            raise MlflowException("connection refused")
-        sent.append(len(metrics))
+    def __init__(self, error: MlflowException) -> None:
+        self.error: MlflowException | None = error
+        self.sent: list[str] = []
 
-    client = SimpleNamespace(log_batch=log_batch, set_terminated=lambda run_id, status: sent.append(-1))
+    def _call(self, what: str) -> None:
+        if error := self.error:
+            self.error = None
+            raise error
+        self.sent.append(what)
+
+    def log_batch(self, run_id: str, metrics: list[Metric], tags: list[RunTag]) -> None:
+        self._call(f"{len(metrics)} metrics, {len(tags)} tags")
+
+    def log_artifact(self, run_id: str, path: str, folder: str) -> None:
+        self._call(Path(path).name)
+
+    def log_text(self, run_id: str, text: str, path: str) -> None: ...
+
+    def create_registered_model(self, name: str) -> None: ...
+
+    def create_model_version(self, name: str, source: str, run_id: str, tags: dict[str, str]) -> SimpleNamespace:
+        return SimpleNamespace(name=name, version=1, tags=tags, run_id=run_id)
+
+    def set_terminated(self, run_id: str, status: str) -> None:
+        self.sent.append(status)
+
+
+def flaky_registry(monkeypatch: pytest.MonkeyPatch, error: MlflowException) -> tuple[Registry, Flaky]:
     monkeypatch.setattr("pipeline.registry.RETRY_SECONDS", 0.01)
-    run = TrainingRun(SimpleNamespace(client=client, uri="http://m"), "run", "0")  # type: ignore[arg-type]
-    for step in range(5):
+    registry = Registry("http://127.0.0.1:9")
+    client = Flaky(error)
+    registry.client = client  # type: ignore[assignment]
+    return registry, client
+
+
+def test_metrics_and_tags_wait_for_mlflow_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, client = flaky_registry(monkeypatch, MlflowException("connection refused"))
+    run = TrainingRun(registry, "run")
+    for step in range(150):
+        run.log_metrics(step, {"loss": 1.0})
+    run.tag({"train_seconds": "1"})
+    run.finish("FINISHED")
+    counts = [sum(int(part.split()[0]) for part in sent.split(", ")) for sent in client.sent[:-1]]
+    assert sum(counts) == 151 and client.sent[-1] == "FINISHED"
+
+
+def test_metrics_that_mlflow_refuses_do_not_hold_up_the_rest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    registry, client = flaky_registry(monkeypatch, MlflowException("bad name", INVALID_PARAMETER_VALUE))
+    run = TrainingRun(registry, "run")
+    for step in range(150):
         run.log_metrics(step, {"loss": 1.0})
     run.finish("FINISHED")
-    assert sum(sent[:-1]) == 5 and sent[-1] == -1
+    assert len(client.sent) >= 2 and "MLflow refuses" in capsys.readouterr().err
+
+
+def test_registration_waits_for_mlflow_and_then_says_where_the_adapter_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    adapter = read_adapter(write_adapter(tmp_path / "a"))
+    registry, client = flaky_registry(monkeypatch, MlflowException("connection refused"))
+    assert registry.register("shop", "run", adapter, EXTRA, "base", "template").label == "shop/1"
+    assert "adapter_model.safetensors" in client.sent
+    registry, _ = flaky_registry(monkeypatch, MlflowException("connection refused"))
+    with pytest.raises(RegistryError, match=f"connection refused.*kept in {tmp_path / 'a'}"):
+        registry.register("shop", "run", adapter, EXTRA, "base", "template", wait_seconds=-1)
 
 
 def test_params_are_flat() -> None:

@@ -43,7 +43,7 @@ def template_digest() -> str:
 def read_base_model(folder: Path, digest_cache: Path | None = None) -> BaseModel:
     """The base model in `folder`; its revision is SHA-256 in hex over name and content digest of each defining file, wherever the folder lies.
 
-    `digest_cache` is a file that spares hashing again what has not changed (size, time of change and inode are equal).
+    `digest_cache` is a file that spares hashing again what has not changed (size, times, device and inode are equal).
     Raises InvalidInput with every reason why the folder is not a base model that may be loaded.
     """
     if not folder.is_dir():
@@ -110,7 +110,7 @@ def _file_digests(paths: list[Path], cache: Path | None) -> list[str]:
     digests, learnt = [], dict(known)
     for path in paths:
         stat = path.stat()
-        key = f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
+        key = f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}-{stat.st_dev}-{stat.st_ino}"
         digest = known.get(key)
         if not isinstance(digest, str):
             with path.open("rb") as file:

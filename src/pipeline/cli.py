@@ -32,6 +32,20 @@ def cli() -> None:
 
 
 @contextlib.contextmanager
+def _project() -> "Iterator[Project]":
+    """The project, its environment set in this process; what was started for the block is gone when this returns."""
+    from pipeline import services
+    from pipeline.project import find_project
+
+    project = find_project()
+    project.use_environment()
+    try:
+        yield project
+    finally:
+        services.wait_all_ended(project)
+
+
+@contextlib.contextmanager
 def _flow_servers(project: "Project") -> Iterator[tuple[str, str]]:
     """MLflow's and Prefect's URLs while both are up; only inside may flows be imported, since Prefect reads its server's URL at import."""
     from pipeline import services
@@ -70,31 +84,28 @@ def check(recipes: tuple[Path, ...], as_json: bool) -> None:
     sys.exit(InvalidInput.exit_code if faults else 0)
 
 
-@cli.command()
+@cli.command(short_help="Train an adapter and register it.")
 @recipe_argument
 @json_option
 def train(recipe: Path, as_json: bool) -> None:
     """Train the adapter of a finetune recipe and register it as a version."""
-    from pipeline.project import find_project
     from pipeline.recipe import FinetuneRecipe, load_recipe
 
     load_recipe(recipe, FinetuneRecipe)  # a wrong recipe is refused before any server starts
-    project = find_project()
-    project.use_environment()
-    with _flow_servers(project) as (mlflow_uri, prefect_url):
+    with _project() as project, _flow_servers(project) as (mlflow_uri, prefect_url):
         from flows.finetune import finetune
 
         version = finetune(str(recipe))
-        result = {"name": version.name, "version": int(version.version), "digest": version.digest, "mlflow_run_id": version.run_id}
-        if as_json:
-            click.echo(json.dumps(result))
-        else:
-            click.echo(f"registered {version.label}, digest {version.digest[:12]}")
-            click.echo(f"run {version.run_id} in MLflow at {mlflow_uri}, flow run in Prefect at {prefect_url.removesuffix('/api')}")
-            click.echo(f"serve it: tuneserve promote {version.label}   (files: {project.relative(project.runs / version.run_id)})")
+    result = {"name": version.name, "version": int(version.version), "digest": version.digest, "mlflow_run_id": version.run_id}
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(f"registered {version.label}, digest {version.digest[:12]}")
+    click.echo(f"run {version.run_id}: MLflow {mlflow_uri}, Prefect {prefect_url.removesuffix('/api')}   (`tuneserve up` brings embedded servers back)")
+    click.echo(f"serve it: tuneserve promote {version.label}   (files: {project.relative(project.runs / version.run_id)})")
 
 
-@cli.command()
+@cli.command(short_help="Run a vLLM server that follows the registry.")
 @recipe_argument
 @json_option
 def serve(recipe: Path, as_json: bool) -> None:
@@ -103,18 +114,15 @@ def serve(recipe: Path, as_json: bool) -> None:
     from pipeline.basemodel import resolve_base_model
     from pipeline.errors import ServingError
     from pipeline.progress import progress
-    from pipeline.project import find_project
     from pipeline.recipe import ServingRecipe, load_recipe
     from pipeline.serving.launch import SERVICE_PREFIX, replica
 
     serving = load_recipe(recipe, ServingRecipe)
-    project = find_project()
-    project.use_environment()
-    if running := services.find_service(project, SERVICE_PREFIX + serving.name):
-        raise ServingError(f"{serving.name} already runs at {running.url} (log {running.log}); use it, or end it with Ctrl-C where it runs or `tuneserve down`")
-    with progress("base model") as report:
-        base = resolve_base_model(serving.base_model, project, report)
-    with contextlib.ExitStack() as stack:
+    with _project() as project, contextlib.ExitStack() as stack:
+        if running := services.find_service(project, SERVICE_PREFIX + serving.name):
+            raise ServingError(f"{serving.name} already runs at {running.url} (log {running.log}); end it with Ctrl-C where it runs, or `tuneserve down`")
+        with progress("base model") as report:
+            base = resolve_base_model(serving.base_model, project, report)
         mlflow_uri = stack.enter_context(services.tracking(project))
         with progress(f"vLLM {serving.name}") as report:
             up = stack.enter_context(replica(project, serving, base, mlflow_uri, lambda: report("starting", 0.0)))
@@ -127,27 +135,29 @@ def serve(recipe: Path, as_json: bool) -> None:
         raise ServingError(f"vLLM {serving.name} ended; its log is {up.log}")
 
 
-@cli.command()
+@cli.command(short_help="Move the alias; wait for every replica.")
 @click.argument("adapter", metavar="NAME[/VERSION]")
-@click.option("--replica", "replica_urls", multiple=True, metavar="URL", help="A replica to wait for; default: every server of this project that is running.")
+@click.option(
+    "--replica", "replica_urls", multiple=True, metavar="URL", help="A replica to wait for; default: every running server of this project that follows NAME."
+)
 @json_option
 def promote(adapter: str, replica_urls: tuple[str, ...], as_json: bool) -> None:
     """Make a version (default: the newest) the champion, and wait until every replica serves it."""
     from pipeline import services
-    from pipeline.project import find_project
-    from pipeline.serving.launch import SERVICE_PREFIX
+    from pipeline.serving.client import Replica
+    from pipeline.serving.launch import SERVICE_PREFIX, adapters_token
 
     name, _, version = adapter.partition("/")
     if not name or (version and not version.isdecimal()):
         raise InvalidInput([Fault(adapter, "", "give NAME or NAME/VERSION, for example catalog/3")])
-    project = find_project()
-    project.use_environment()
-    urls = list(replica_urls) or [found.url for found in services.find_services(project, SERVICE_PREFIX)]
-    with _flow_servers(project) as (mlflow_uri, _):
+    with _project() as project, _flow_servers(project) as (mlflow_uri, _):
+        token = adapters_token(project).read_text("utf-8").strip()
+        running = [found.url for found in services.find_services(project, SERVICE_PREFIX)]
+        urls = list(replica_urls) or [url for url in running if name in Replica(url, token).status()]
         from flows.promote import promote as flow
 
         done = flow(name, version or None, urls)
-    previous = done.previous.label if done.previous else None
+    previous = f"{name}/{done.previous}" if done.previous else None
     if as_json:
         click.echo(
             json.dumps({"name": name, "version": int(done.version.version), "previous": previous, "replicas": done.replicas, "seconds": round(done.seconds, 3)})
@@ -161,19 +171,16 @@ def promote(adapter: str, replica_urls: tuple[str, ...], as_json: bool) -> None:
     )
 
 
-@cli.command()
+@cli.command(short_help="Start MLflow and Prefect and leave them up.")
 @json_option
 def up(as_json: bool) -> None:
     """Start the embedded MLflow and Prefect servers and leave them up."""
     from pipeline import services
     from pipeline.progress import progress
-    from pipeline.project import find_project
 
-    project = find_project()
-    project.use_environment()
-    with progress("MLflow and Prefect"), services.mlflow_server(project) as mlflow, services.prefect_server(project) as prefect:
+    with _project() as project, progress("MLflow and Prefect"), services.mlflow_server(project) as mlflow, services.prefect_server(project) as prefect:
         for server in (mlflow, prefect):
-            services.keep(project, server)
+            services.keep(server)
     if as_json:
         click.echo(json.dumps({server.name: server.url for server in (mlflow, prefect)}))
     else:
@@ -189,7 +196,7 @@ def down(as_json: bool) -> None:
 
     project = find_project()
     found = sorted(services.find_services(project), key=lambda server: server.name, reverse=True)  # vLLM before the registry it follows
-    ended = [server.name for server in found if services.release(project, server)]
+    ended = [server.name for server in found if services.release(server)]
     used = [server.name for server in found if server.name not in ended]
     if as_json:
         click.echo(json.dumps({"ended": ended, "in_use": used}))
@@ -199,24 +206,27 @@ def down(as_json: bool) -> None:
         raise TuneserveError(f"still used by another tuneserve command: {', '.join(used)}; end that command first (Ctrl-C where it runs)")
 
 
-@cli.command()
+@cli.command(short_help="The whole main job on a tiny GLM-4.5V.")
 @click.option("--keep", is_flag=True, help="Leave the servers up at the end; `tuneserve down` ends them.")
 @click.option("--no-promote", is_flag=True, help="Leave the alias as it is: the new version is not served, and the command fails. Shows what promotion is for.")
 @json_option
 def quickstart(keep: bool, no_promote: bool, as_json: bool) -> None:
     """The whole main job on a tiny GLM-4.5V: train, register, serve, promote, ask. Minutes on two CPU cores."""
     from pipeline.project import find_project
+    from pipeline.recipe import FinetuneRecipe, ServingRecipe, load_recipe
 
-    project = find_project()
-    project.use_environment()
+    root = find_project().root  # where there are no recipes, nothing is made or started
+    load_recipe(root / FINETUNE_RECIPE, FinetuneRecipe)
+    load_recipe(root / SERVING_RECIPE, ServingRecipe)
     began = time.monotonic()
-    with _flow_servers(project) as (mlflow_uri, prefect_url):
+    with _project() as project, _flow_servers(project) as (mlflow_uri, prefect_url):
         seconds = {"servers": time.monotonic() - began}
         from flows import quickstart as job
 
         result = job.quickstart(project, Path(FINETUNE_RECIPE), Path(SERVING_RECIPE), seconds, move_alias=not no_promote, keep=keep)
         urls = {"mlflow": mlflow_uri, "prefect": prefect_url.removesuffix("/api"), "openai": result.openai_url}
-        click.echo(json.dumps(result.as_dict() | {"urls": urls}) if as_json else job.summary(result, urls, keep))
+        summary = job.summary(result, urls, keep)
+    click.echo(json.dumps(result.as_dict() | {"urls": urls}) if as_json else summary)
     if result.failure:
         raise TuneserveError(result.failure)
 
@@ -239,7 +249,7 @@ def main() -> NoReturn:
 
 
 def _exit_on_sigterm(*_: Any) -> NoReturn:
-    sys.exit(143)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _fail(error: TuneserveError) -> NoReturn:

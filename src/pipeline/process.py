@@ -4,14 +4,12 @@ import fcntl
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from pipeline.errors import ProcessFailed
-from pipeline.supervisor import keep_marker
 
 GRACE_SECONDS = 4.0
 """From SIGTERM to SIGKILL; with the supervisor's poll this keeps the end of everything under 10 s."""
@@ -46,25 +44,33 @@ class Child:
         return ProcessFailed(f"{what} (exit code {self.poll()}); the log is {self.log}{first}; it ends:\n{log_tail(self.log)}")
 
 
-def take_lease(lease: Path, timeout_seconds: float = 0.0) -> IO[bytes]:
-    """Opens `lease` and takes a shared lock on it. Raises BlockingIOError if its supervisor is still ending the last command after the timeout."""
+def new_lease(lease: Path) -> IO[bytes]:
+    """Makes the file `lease` and takes a share in it."""
     lease.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + timeout_seconds
-    file = lease.open("a+b")
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                file.close()
-                raise
-            time.sleep(0.1)
+    file = lease.open("w+b")
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def join_lease(lease: Path) -> IO[bytes]:
+    """Takes a share in a lease that exists. Raises BlockingIOError or FileNotFoundError if its command is ending or has ended."""
+    file = lease.open("r+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lease.stat()  # gone if the supervisor ended between our two steps
+        return file
+    except OSError:
+        file.close()
+        raise
 
 
 def is_leased(lease: Path) -> bool:
     """Whether some process holds a share in the command of `lease`."""
-    with lease.open("rb") as file:
+    try:
+        file = lease.open("rb")
+    except FileNotFoundError:
+        return False
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return False
@@ -80,10 +86,11 @@ def is_leased(lease: Path) -> bool:
 def start(
     command: Sequence[str], *, name: str, lease: Path, log: Path, environment: Mapping[str, str], cwd: Path, grace_seconds: float = GRACE_SECONDS
 ) -> Child:
-    """Starts `command` in a session of its own, stdout and stderr to a fresh `log`, held by a lease on the file `lease`."""
-    held = take_lease(lease, timeout_seconds=1.0)
-    keep_marker(lease).unlink(missing_ok=True)
+    """Starts `command` in a session of its own, stdout and stderr to `log` (the one before it is kept as `log`.1), held by a new lease on the file `lease`."""
+    held = new_lease(lease)
     log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(log.with_name(log.name + ".1"))
     with log.open("wb") as output:
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "pipeline.supervisor", str(lease), str(grace_seconds), *command],
@@ -95,6 +102,15 @@ def start(
             start_new_session=True,
         )
     return Child(name, log, held, supervisor)
+
+
+def started(pid: int) -> str:
+    """When the process `pid` started, exact and whatever happens to the clock: boot id and ticks since boot (proc(5), field 22); '' if it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if fields[0] == "Z" else f"{Path('/proc/sys/kernel/random/boot_id').read_text('utf-8').strip()} {fields[19]}"
 
 
 def first_error(log: Path) -> str | None:

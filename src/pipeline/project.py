@@ -81,6 +81,8 @@ class Project:
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # with the next line about 30 s; MLflow's defaults wait over four minutes
             "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
         }
+        for name in ("NO_PROXY", "no_proxy"):  # our own servers are on this machine, whatever the proxy
+            fixed[name] = ",".join(dict.fromkeys([*filter(None, os.environ.get(name, "").split(",")), "127.0.0.1", "localhost"]))
         return {name: value for name, value in defaults.items() if name not in os.environ} | fixed
 
     def use_environment(self) -> None:

@@ -1,6 +1,7 @@
 """Typed recipes: one finetune recipe is one training run, one serving recipe is one vLLM server. A wrong key or value is refused, all faults at once."""
 
 import difflib
+import json
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -27,7 +28,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DatasetFiles(Section):
@@ -127,7 +128,7 @@ class ServingRecipe(Section):
     max_model_len_tokens: Annotated[int, Field(ge=16)] = 16384
     max_images: Annotated[int, Field(ge=0)] = 4
     """Per request."""
-    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    kv_cache_gib: Annotated[int, Field(ge=1)] = 1
     """CPU only; on a GPU it is what gpu_memory_utilization leaves."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=0.95)] = 0.9
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
@@ -139,6 +140,8 @@ class ServingRecipe(Section):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
+        if len(set(self.follow)) < len(self.follow):
+            raise ValueError("follow: names a model twice; name each once")
         for name in self.follow:
             if fault := name_fault(name, {self.served_name}):
                 raise ValueError(f"follow: {fault}")
@@ -149,10 +152,20 @@ Recipe = FinetuneRecipe | ServingRecipe
 R = TypeVar("R", FinetuneRecipe, ServingRecipe)
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, but a key that stands twice is an error, not silently the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"key '{twice}' stands twice; remove one", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path, kind: type[R]) -> R:
     """The recipe in the YAML file `path`. Raises InvalidInput with a fault for everything that is wrong with it."""
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
+        data = yaml.load(path.read_text("utf-8"), UniqueKeyLoader)  # noqa: S506 (a safe loader)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput([Fault(str(path), "", f"cannot be read ({error}); give the path of a YAML recipe")]) from error
     except yaml.YAMLError as error:
@@ -160,7 +173,7 @@ def load_recipe(path: Path, kind: type[R]) -> R:
     if not isinstance(data, dict):
         raise InvalidInput([Fault(str(path), "", f"holds no mapping; a recipe starts with the keys {', '.join(kind.model_fields)}")])
     try:
-        return kind.model_validate(data)
+        return kind.model_validate_json(json.dumps(data, default=str), strict=True)  # strict JSON: no '16' for 16, and still lists for tuples
     except ValidationError as error:
         raise InvalidInput([_fault(str(path), kind, details) for details in error.errors()]) from error
 

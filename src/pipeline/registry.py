@@ -22,7 +22,13 @@ from pipeline.version import ARTIFACT_FOLDER, BASE_REVISION_TAG, CHAMPION, DIGES
 EXPERIMENT = "tuneserve"
 EXTRA_FILES = ("swift_args.json", "recipe.yaml")
 """What a version holds beside the adapter itself; nothing else is ever logged."""
+AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+"""MLflow's error codes when its server cannot be reached or fails; every other one is a refusal for good."""
+BATCH = 100
+"""Metrics and tags in one request; MLflow takes at most 100 tags."""
 RETRY_SECONDS = 2.0
+REGISTER_SECONDS = 600.0
+"""How long a trained adapter waits for MLflow to come back."""
 FLUSH_SECONDS = 30.0
 
 
@@ -59,7 +65,7 @@ class Registry:
             experiment_id = self._experiment_id()
             run = self.client.create_run(experiment_id, run_name=name, tags={TAG + key: value for key, value in tags.items()})
             self.client.log_batch(run.info.run_id, params=[Param(key, str(value)[:6000]) for key, value in params.items()])
-        training_run = TrainingRun(self, run.info.run_id, experiment_id)
+        training_run = TrainingRun(self, run.info.run_id)
         status = "KILLED"
         try:
             yield training_run
@@ -80,32 +86,45 @@ class Registry:
                 return str(found.experiment_id)
             raise
 
-    def register(self, name: str, run_id: str, adapter: Adapter, extra_files: Mapping[str, str], base_revision: str, template_digest: str) -> Version:
+    def register(
+        self,
+        name: str,
+        run_id: str,
+        adapter: Adapter,
+        extra_files: Mapping[str, str],
+        base_revision: str,
+        template_digest: str,
+        wait_seconds: float = REGISTER_SECONDS,
+    ) -> Version:
         """Uploads the adapter's files and `extra_files` (name -> text, names from EXTRA_FILES) and makes them the next version of `name`.
 
-        If MLflow is away longer than its client retries, the RegistryError says where the adapter is kept.
+        Tries again for `wait_seconds` while MLflow is away; the RegistryError in the end says where the adapter is kept.
         """
         if foreign := extra_files.keys() - set(EXTRA_FILES):
             raise RegistryError(f"{', '.join(sorted(foreign))} may not be logged with a version; allowed are {', '.join(EXTRA_FILES)}")
-        try:
-            return self._register(name, run_id, adapter, extra_files, base_revision, template_digest)
-        except RegistryError as error:
-            raise RegistryError(f"{error} The adapter is trained and kept in {adapter.folder}.") from error
-
-    def _register(self, name: str, run_id: str, adapter: Adapter, extra_files: Mapping[str, str], base_revision: str, template_digest: str) -> Version:
-        with _translated(self.uri):
-            for file in ADAPTER_FILES:
-                self.client.log_artifact(run_id, str(adapter.folder / file), ARTIFACT_FOLDER)
-            for file, text in extra_files.items():
-                self.client.log_text(run_id, text, f"{ARTIFACT_FOLDER}/{file}")
+        tags = {DIGEST_TAG: adapter.digest, BASE_REVISION_TAG: base_revision, TEMPLATE_DIGEST_TAG: template_digest}
+        deadline = time.monotonic() + wait_seconds
+        while True:
             try:
-                self.client.create_registered_model(name)
-            except MlflowException as error:
-                if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
-                    raise
-            tags = {DIGEST_TAG: adapter.digest, BASE_REVISION_TAG: base_revision, TEMPLATE_DIGEST_TAG: template_digest}
-            created = self.client.create_model_version(name, f"runs:/{run_id}/{ARTIFACT_FOLDER}", run_id, tags)
-        return _version(created)
+                with _translated(self.uri):
+                    return _version(self._register(name, run_id, adapter, extra_files, tags))
+            except RegistryError as error:
+                if not _is_away(error) or time.monotonic() > deadline:
+                    raise RegistryError(f"{error} The adapter is trained and kept in {adapter.folder}.") from error
+                print(f"MLflow at {self.uri} is away; the adapter is trained, trying again to register it", file=sys.stderr)
+                time.sleep(RETRY_SECONDS)
+
+    def _register(self, name: str, run_id: str, adapter: Adapter, extra_files: Mapping[str, str], tags: Mapping[str, str]) -> MlflowVersion:
+        for file in ADAPTER_FILES:
+            self.client.log_artifact(run_id, str(adapter.folder / file), ARTIFACT_FOLDER)
+        for file, text in extra_files.items():
+            self.client.log_text(run_id, text, f"{ARTIFACT_FOLDER}/{file}")
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+        return self.client.create_model_version(name, f"runs:/{run_id}/{ARTIFACT_FOLDER}", run_id, dict(tags))
 
     def version(self, name: str, version: str | None = None) -> Version:
         """That version of `name`, or its newest."""
@@ -119,74 +138,93 @@ class Registry:
 
     def champion(self, name: str) -> Version | None:
         """The version under the alias `champion`, or None."""
+        number = self.champion_number(name)
+        return self.version(name, number) if number else None
+
+    def champion_number(self, name: str) -> str | None:
+        """The number of the version under the alias `champion`, whoever registered it, or None."""
         try:
             with _translated(self.uri):
-                return _version(self.client.get_model_version_by_alias(name, CHAMPION))
+                return str(self.client.get_model_version_by_alias(name, CHAMPION).version)
         except RegistryError as error:
             cause = error.__cause__
-            if isinstance(cause, MlflowException) and cause.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            # MLflow calls a missing alias an invalid parameter
+            if isinstance(cause, MlflowException) and (
+                cause.error_code == "RESOURCE_DOES_NOT_EXIST" or str(cause.message).startswith("Registered model alias")
+            ):
                 return None
             raise
 
-    def set_champion(self, version: Version, previous: Version | None) -> None:
-        """Moves the alias, and writes on the version what was champion before (MLflow keeps no history of aliases)."""
+    def move_champion(self, name: str, version: str | None) -> None:
+        """Points the alias at that version number; None takes the alias away."""
         with _translated(self.uri):
-            self.client.set_model_version_tag(version.name, version.version, PREVIOUS_TAG, previous.version if previous else "none")
-            self.client.set_registered_model_alias(version.name, CHAMPION, version.version)
+            if version is None:
+                self.client.delete_registered_model_alias(name, CHAMPION)
+            else:
+                self.client.set_registered_model_alias(name, CHAMPION, version)
 
-    def unset_champion(self, name: str) -> None:
+    def record_previous(self, version: Version, previous: str | None) -> None:
+        """Writes on a version which one was champion before it: MLflow keeps no history of aliases."""
         with _translated(self.uri):
-            self.client.delete_registered_model_alias(name, CHAMPION)
+            self.client.set_model_version_tag(version.name, version.version, PREVIOUS_TAG, previous or "none")
 
 
 class TrainingRun:
-    """An MLflow run that is being written. Metrics go out on a thread of their own: MLflow may be slow or away without hurting training."""
+    """An MLflow run that is being written. Metrics and tags go out on a thread of their own: MLflow may be slow or away without hurting training."""
 
-    def __init__(self, registry: Registry, run_id: str, experiment_id: str) -> None:
-        self.registry, self.run_id, self.experiment_id = registry, run_id, experiment_id
-        self._queue: queue.SimpleQueue[list[Metric] | None] = queue.SimpleQueue()
+    def __init__(self, registry: Registry, run_id: str) -> None:
+        self.registry, self.run_id = registry, run_id
+        self._queue: queue.SimpleQueue[Metric | RunTag | None] = queue.SimpleQueue()
+        self._unsent: list[Metric | RunTag] = []
         self._thread = threading.Thread(target=self._send, name="mlflow metrics", daemon=True)
         self._thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"{self.registry.uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Queues the values; returns at once and never fails."""
         now_ms = int(time.time() * 1000)
-        self._queue.put([Metric(key, value, now_ms, step) for key, value in values.items()])
-
-    def _send(self) -> None:
-        pending: list[Metric] = []
-        open_ = True
-        while open_ or pending:
-            while open_ and (not pending or not self._queue.empty()):
-                item = self._queue.get()
-                open_ = item is not None
-                pending += item or []
-            if not pending:
-                continue
-            try:
-                self.registry.client.log_batch(self.run_id, metrics=pending[:1000])
-                del pending[:1000]
-            except Exception as error:  # whatever is wrong with MLflow, training goes on; MLflow's own client has retried before
-                print(f"MLflow takes no metrics ({type(error).__name__}); trying again", file=sys.stderr)
-                time.sleep(RETRY_SECONDS)
+        for key, value in values.items():
+            self._queue.put(Metric(key, value, now_ms, step))
 
     def tag(self, values: Mapping[str, str]) -> None:
-        """Adds lineage that is known only now."""
-        with _translated(self.registry.uri):
-            self.registry.client.log_batch(self.run_id, tags=[RunTag(TAG + key, value) for key, value in values.items()])
+        """Queues lineage that is known only now; as `log_metrics`."""
+        for key, value in values.items():
+            self._queue.put(RunTag(TAG + key, value))
+
+    def _send(self) -> None:
+        open_ = True
+        while open_ or self._unsent:
+            while open_ and (not self._unsent or not self._queue.empty()):
+                item = self._queue.get()
+                open_ = item is not None
+                self._unsent += [item] if item else []
+            batch = self._unsent[:BATCH]
+            metrics, tags = [entry for entry in batch if isinstance(entry, Metric)], [entry for entry in batch if isinstance(entry, RunTag)]
+            try:
+                if batch:
+                    self.registry.client.log_batch(self.run_id, metrics=metrics, tags=tags)
+            except MlflowException as error:  # its own client has retried before
+                if error.error_code in AWAY:
+                    print(f"MLflow at {self.registry.uri} is away; training goes on, its metrics wait", file=sys.stderr)
+                    time.sleep(RETRY_SECONDS)
+                    continue
+                print(f"MLflow refuses {len(batch)} metrics: {error.message}", file=sys.stderr)
+            del self._unsent[: len(batch)]
 
     def finish(self, status: str) -> None:
-        """Sends what is queued, waiting FLUSH_SECONDS at most, and closes the run; if MLflow is away, says so and leaves the run open."""
+        """Sends what is queued, waiting FLUSH_SECONDS at most, and closes the run; says what MLflow did not take."""
         self._queue.put(None)
         self._thread.join(FLUSH_SECONDS)
+        if left := len(self._unsent):
+            print(f"MLflow at {self.registry.uri} did not take {left} metrics of run {self.run_id}", file=sys.stderr)
         try:
             self.registry.client.set_terminated(self.run_id, status)
         except MlflowException as error:
             print(f"MLflow at {self.registry.uri} could not close run {self.run_id} as {status}: {error.message}", file=sys.stderr)
+
+
+def _is_away(error: RegistryError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, MlflowException) and cause.error_code in AWAY
 
 
 @contextlib.contextmanager

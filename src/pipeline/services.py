@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -24,6 +25,7 @@ from pipeline.project import Project
 from pipeline.supervisor import keep_marker
 
 MLFLOW, PREFECT = "mlflow", "prefect"
+END_SECONDS = 30.0
 START_SECONDS = 120.0
 """A server of ours that is not up by then has failed; on two busy cores MLflow and Prefect take up to 40 s."""
 
@@ -36,17 +38,15 @@ class Service:
     url: str
     pid: int
     """The supervisor's process id."""
-    started: float
-    """The supervisor's start time (seconds since the epoch): with the pid, proof that it is the same process."""
+    started: str
+    """`process.started` of the supervisor: with the pid, proof that it is the same process."""
     identity: str
     log: str
+    lease: str
+    """The file whose shared lock keeps it alive; one for each start."""
 
     def alive(self) -> bool:
-        try:
-            process_ = psutil.Process(self.pid)
-            return process_.create_time() == self.started and process_.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return process.started(self.pid) == self.started
 
 
 def free_port(preferred: int) -> int:
@@ -97,33 +97,44 @@ def service(
     start_seconds: float = START_SECONDS,
     waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Service]:
-    """The service `name`, found or started, healthy, and alive at least until the block ends.
+    """The service `name`, found or started, healthy, and alive until the block ends; if nobody else needs it, it then ends too (`wait_all_ended`).
 
     `command()` gives the argv and the base URL of a new server; `health` is the path below the URL that answers 200 (asked with `headers`) once it is up;
     `waiting` is called while it starts. Raises ServingError if it runs with another identity, ProcessFailed if it does not come up.
     """
-    lease_file = project.services / f"{name}.lease"
     with _starting(project.services / f"{name}.start"):
-        try:
-            lease = process.take_lease(lease_file, timeout_seconds=30.0)
-        except BlockingIOError:
-            raise ServingError(f"{name} is still ending; its log is {project.logs / f'{name}.log'}") from None
-        running = find_service(project, name)
-        if running is not None and running.identity != identity:
-            lease.close()
+        joined = _join(project, name)
+        if joined is None:
+            joined = _start(
+                project, name, identity, command(), environment, lambda child, url: wait_healthy(child, url, health, headers, start_seconds, waiting)
+            )
+    running, lease = joined
+    try:
+        if running.identity != identity:
             raise ServingError(
                 f"{name} runs with other settings ({running.identity}, wanted {identity}); end it first: tuneserve down, or Ctrl-C where it runs"
             )
-        if running is None:
-            lease.close()
-            running, lease = _start(
-                project, name, identity, command(), environment, lambda child, url: wait_healthy(child, url + health, headers, start_seconds, waiting)
-            )
-    try:
         yield running
     finally:
         lease.close()
-        wait_ended(project, running)
+
+
+def _join(project: Project, name: str) -> tuple[Service, IO[bytes]] | None:
+    """A share in the running service, or None once there is none: one that is ending, or that a killed command left half started, is waited for."""
+    deadline = time.monotonic() + END_SECONDS
+    while time.monotonic() < deadline:
+        running = find_service(project, name)
+        if running is not None:
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                return running, process.join_lease(Path(running.lease))
+        elif not list(project.services.glob(f"{name}@*.lease")):  # a supervisor removes its lease when all of its command is gone
+            return None
+        time.sleep(0.1)
+    if running is not None:
+        raise ServingError(f"{name} is still ending; its log is {running.log}")
+    for stale in project.services.glob(f"{name}@*.lease"):  # left by a supervisor that was killed itself
+        stale.unlink()
+    return None
 
 
 def _start(
@@ -135,10 +146,11 @@ def _start(
     wait: Callable[[process.Child, str], None],
 ) -> tuple[Service, IO[bytes]]:
     argv, url = command
+    lease = project.services / f"{name}@{os.getpid()}-{time.time_ns()}.lease"
     child = process.start(
         argv,
         name=name,
-        lease=project.services / f"{name}.lease",
+        lease=lease,
         log=project.logs / f"{name}.log",
         environment=project.child_environment(environment),
         cwd=project.root,
@@ -148,7 +160,7 @@ def _start(
     except BaseException:
         child.end()
         raise
-    record = Service(name, url, child.supervisor.pid, psutil.Process(child.supervisor.pid).create_time(), identity, str(child.log))
+    record = Service(name, url, child.supervisor.pid, process.started(child.supervisor.pid), identity, str(child.log), str(lease))
     path = project.services / f"{name}.json"
     draft = path.with_suffix(".json.new")
     draft.write_text(json.dumps(asdict(record)), "utf-8")
@@ -156,24 +168,34 @@ def _start(
     return record, child.lease
 
 
-def wait_healthy(child: process.Child, url: str, headers: Mapping[str, str] | None, timeout_seconds: float, waiting: Callable[[], None]) -> None:
-    """Returns once GET `url` answers 200. Raises ProcessFailed, with the log's tail, if the process ends first or the time is over."""
+def wait_healthy(child: process.Child, url: str, path: str, headers: Mapping[str, str] | None, timeout_seconds: float, waiting: Callable[[], None]) -> None:
+    """Returns once the child itself answers GET `url` + `path` with 200. Raises ProcessFailed, with the log's tail, if the process ends first or the time is over."""
     deadline = time.monotonic() + timeout_seconds
     while True:
         if child.poll() is not None:
             raise child.failure(f"{child.name} ended before it was up")
         try:
-            status = httpx.get(url, headers=headers, timeout=5.0, trust_env=False).status_code
-            if status == httpx.codes.OK:
+            status = httpx.get(url + path, headers=headers, timeout=5.0, trust_env=False).status_code
+            ours = _listens(child, urlsplit(url).port)  # another program may have taken the port since we found it free
+            if ours and status == httpx.codes.OK:
                 return
-            if status == httpx.codes.NOT_FOUND:  # vLLM goes on without a plugin that it could not load
-                raise child.failure(f"{child.name} is up but knows no {url}")
+            if ours and status == httpx.codes.NOT_FOUND:  # vLLM goes on without a plugin that it could not load
+                raise child.failure(f"{child.name} is up but knows no {path}")
         except httpx.TransportError:
             pass
         if time.monotonic() > deadline:
             raise child.failure(f"{child.name} was not up after {timeout_seconds:.0f} s")
         waiting()
         time.sleep(0.2)
+
+
+def _listens(child: process.Child, port: int | None) -> bool:
+    """Whether a process of `child` listens on `port`."""
+    try:
+        family = psutil.Process(child.supervisor.pid).children(recursive=True)
+        return any(c.status == psutil.CONN_LISTEN and c.laddr[1:] == (port,) for member in family for c in member.net_connections("inet"))
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.contextmanager
@@ -200,26 +222,32 @@ def find_services(project: Project, prefix: str = "") -> list[Service]:
     return [found for name in names if (found := find_service(project, name)) is not None]
 
 
-def keep(project: Project, found: Service) -> None:
+def keep(found: Service) -> None:
     """Lets a service outlive the commands that use it, until `release`."""
-    keep_marker(project.services / f"{found.name}.lease").touch()
+    keep_marker(Path(found.lease)).touch()
 
 
-def release(project: Project, found: Service) -> bool:
+def release(found: Service) -> bool:
     """Takes `keep` back; True once the service is gone, False if another command still uses it."""
-    keep_marker(project.services / f"{found.name}.lease").unlink(missing_ok=True)
-    return wait_ended(project, found)
+    keep_marker(Path(found.lease)).unlink(missing_ok=True)
+    return wait_ended(found)
 
 
-def wait_ended(project: Project, found: Service, timeout_seconds: float = 30.0) -> bool:
+def wait_ended(found: Service, timeout_seconds: float = END_SECONDS) -> bool:
     """True once the service is gone; False if it is to stay, is used by another command, or the time is over."""
-    lease = project.services / f"{found.name}.lease"
+    lease = Path(found.lease)
     deadline = time.monotonic() + timeout_seconds
     while found.alive():
         if keep_marker(lease).exists() or process.is_leased(lease) or time.monotonic() > deadline:
             return False
         time.sleep(0.1)
     return True
+
+
+def wait_all_ended(project: Project) -> None:
+    """Returns once every service that nobody needs any more is gone; they end side by side."""
+    for found in find_services(project):
+        wait_ended(found)
 
 
 @contextlib.contextmanager
@@ -270,6 +298,12 @@ def tracking(project: Project) -> Iterator[str]:
 def orchestration(project: Project) -> Iterator[str]:
     """Prefect's API URL, also set as PREFECT_API_URL: the user's own server if that variable is set already, else the embedded one."""
     if url := os.environ.get("PREFECT_API_URL"):
+        try:
+            httpx.get(f"{url}/health", timeout=10.0).raise_for_status()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServingError(
+                f"PREFECT_API_URL is {url}, and no Prefect server answers there ({error}); start it, or unset it for the embedded one"
+            ) from error
         yield url
         return
     with prefect_server(project) as server:

@@ -86,6 +86,8 @@ def main() -> int:
                     continue
                 stopping = True
         end_all(child, grace_seconds, statuses)
+        keep_marker(lease).unlink(missing_ok=True)
+        lease.unlink(missing_ok=True)  # says that nothing of the command is left
     return statuses.get(child, 128 + signal.SIGTERM)
 
 

@@ -90,7 +90,7 @@ def dump_args(args: SwiftArgs) -> str:
 
 
 def train_adapter(recipe: FinetuneRecipe, base: Path, dataset: Dataset, folder: Path, project: Project, on_metrics: OnMetrics, report: Report) -> Adapter:
-    """Trains in `folder` (arguments, rows, checkpoints, log) and returns the adapter in `folder`/adapter.
+    """Trains in `folder` (arguments, rows, checkpoints) and returns the adapter in `folder`/adapter.
 
     Raises ProcessFailed with the log's tail if ms-swift fails. When this process dies or is interrupted, the training ends too.
     """
@@ -103,7 +103,7 @@ def train_adapter(recipe: FinetuneRecipe, base: Path, dataset: Dataset, folder: 
         [sys.executable, "-m", "swift.cli.main", "sft", str(args_file)],
         name="training",
         lease=folder / "training.lease",
-        log=folder / "training.log",
+        log=project.logs / f"training-{folder.name}.log",
         environment=project.child_environment(swift_environment(recipe)),
         cwd=folder,
     )

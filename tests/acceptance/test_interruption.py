@@ -26,7 +26,7 @@ def logged(steps: int) -> Callable[[Sandbox], bool]:
 
 MOMENTS: dict[str, tuple[tuple[str, ...], Callable[[Sandbox], bool]]] = {
     "train, servers starting": (("train", FINETUNE), exists("logs/mlflow.log")),
-    "train, model loading": (("train", FINETUNE), exists("runs/*/training.log")),
+    "train, model loading": (("train", FINETUNE), exists("logs/training-*.log")),
     "train, training": (("train", FINETUNE), logged(5)),
     "quickstart, Prefect starting": (("quickstart",), exists("logs/prefect.log")),
     "quickstart, vLLM starting": (("quickstart",), exists("logs/vllm-tiny-cpu.log")),

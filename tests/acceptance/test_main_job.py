@@ -15,7 +15,6 @@ import pytest
 
 from tests.e2e.environment import ROOT, make_sandbox
 
-
 COMPILERS = ("cc", "gcc", "g++", "c++", "c89", "c99", "clang", "x86_64-linux-gnu-g", "cpp", "as", "ld")
 
 

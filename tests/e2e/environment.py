@@ -49,12 +49,12 @@ class Sandbox:
         return answer
 
     def processes(self) -> list[psutil.Process]:
-        """Every running process that works for this project: its environment names it."""
+        """Every running process that works for this project: in its folder, or with its home."""
         found = []
         for process in psutil.process_iter():
             try:
-                environment = process.environ()
-                if environment.get("TUNESERVE_PROJECT") == str(self.root) or (environment.get("HOME") == str(self.home)):
+                environment = process.environ()  # vLLM's engine overwrites its own with its title, but works in the project's folder
+                if self.root in (Path(process.cwd()), *Path(process.cwd()).parents) or environment.get("HOME") == str(self.home):
                     found.append(process)
             except (psutil.Error, OSError):
                 continue

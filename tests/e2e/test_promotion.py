@@ -71,7 +71,7 @@ def test_a_version_that_is_not_what_its_tag_says_is_refused_and_the_alias_goes_b
 
 
 def test_an_alias_that_vanishes_leaves_its_version_serving(quickstart: Quickstart, second: Version) -> None:
-    quickstart.registry.unset_champion("catalog")
+    quickstart.registry.move_champion("catalog", None)
     httpx.post(f"{quickstart.replica}/adapters/sync", headers={"Authorization": f"Bearer {quickstart.token}"}, timeout=30)
     assert answering(quickstart, "catalog").startswith(f"{second.label}@")
     assert CHAMPION in str(served(quickstart)["error"])

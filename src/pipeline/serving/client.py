@@ -1,14 +1,15 @@
 """Talks to replicas: what each serves, and "look at the registry now"."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from pipeline.errors import ServingError
+from pipeline.serving.settings import SYNC_SECONDS
 
-TIMEOUT_SECONDS = 15.0
+TIMEOUT_SECONDS = SYNC_SECONDS + 5.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Replica:
     """One vLLM server with our plugin; `token` opens its /adapters routes."""
 
     url: str
-    token: str
+    token: str = field(repr=False)
 
     def sync(self) -> dict[str, Served]:
         """Has the replica read the registry now; what it serves then, by model name."""
@@ -37,8 +38,10 @@ class Replica:
 
     def _call(self, method: str, path: str) -> dict[str, Served]:
         try:
-            answer = httpx.request(method, self.url + path, headers={"Authorization": f"Bearer {self.token}"}, timeout=TIMEOUT_SECONDS, trust_env=False)
-        except httpx.TransportError as error:
+            answer = httpx.request(
+                method, self.url.rstrip("/") + path, headers={"Authorization": f"Bearer {self.token}"}, timeout=TIMEOUT_SECONDS, trust_env=False
+            )
+        except (httpx.TransportError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise ServingError(f"replica {self.url} cannot be reached ({error or type(error).__name__}); is it up?") from error
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             raise ServingError(f"replica {self.url} refuses our token: it was started by another project; run this command there")
@@ -46,7 +49,12 @@ class Replica:
             raise ServingError(f"replica {self.url} serves without the tuneserve plugin; start it with `tuneserve serve`")
         if answer.status_code != httpx.codes.OK:
             raise ServingError(f"replica {self.url}: {method} {path} answered {answer.status_code}: {answer.text[:300]}")
-        return {name: _served(model) for name, model in answer.json()["models"].items()}
+        try:
+            return {name: _served(model) for name, model in answer.json()["models"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ServingError(
+                f"{self.url} answers, but not as a replica does ({error!r}); give the base URL of a server started with `tuneserve serve`"
+            ) from error
 
 
 def _served(model: Mapping[str, Any]) -> Served:

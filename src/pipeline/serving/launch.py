@@ -48,9 +48,10 @@ def serve_environment(recipe: ServingRecipe, settings: Path) -> dict[str, str]:
     """What vLLM and our plugin read from the environment for a recipe; pure but for the user's own VLLM_PLUGINS, which are kept."""
     own = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name and name not in PLUGINS]
     environment = {"VLLM_PLUGINS": ",".join([*PLUGINS, *own]), "HF_HUB_OFFLINE": "1", SETTINGS_VARIABLE: str(settings)}
+    environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"  # an allowed domain must not lead to one that is not
     if recipe.device == "cpu":
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(recipe.kv_cache_gib or 1)))
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(recipe.kv_cache_gib)
     return environment
 
 
@@ -73,6 +74,10 @@ def replica(project: Project, recipe: ServingRecipe, base: BaseModel, mlflow_uri
     for variable, reason in FORBIDDEN.items():
         if os.environ.get(variable):
             raise ServingError(f"{variable} is set: it {reason}; unset it")
+    if not mlflow_uri.startswith(("http://", "https://")):
+        raise ServingError(
+            f"MLFLOW_TRACKING_URI is {mlflow_uri}: a replica follows an MLflow server only; give its http(s) URL, or unset it for the embedded one"
+        )
     name = SERVICE_PREFIX + recipe.name
     settings = FollowerSettings(
         mlflow_uri=mlflow_uri,

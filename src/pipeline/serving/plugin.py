@@ -31,13 +31,11 @@ from pipeline.serving.followed_model import ServedAdapter
 from pipeline.serving.follower import Follower
 from pipeline.serving.local_adapters import LocalAdapters
 from pipeline.serving.registry_reader import RegistryReader
-from pipeline.serving.settings import SETTINGS_VARIABLE, FollowerSettings
+from pipeline.serving.settings import SETTINGS_VARIABLE, SYNC_SECONDS, FollowerSettings
 
 logger = logging.getLogger("vllm.tuneserve")  # below "vllm" so that the server's own handler prints it
 
 TESTED_VLLM = ("0.32.0",)
-SYNC_SECONDS = 30.0
-"""How long POST /adapters/sync waits for the sync that it asked for."""
 
 
 class AdapterFollower:

@@ -5,6 +5,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 SETTINGS_VARIABLE = "TUNESERVE_FOLLOWER"
+SYNC_SECONDS = 10.0
+"""How long POST /adapters/sync may hold its answer back for the sync that it asked for."""
 
 
 class FollowerSettings(BaseModel):
