@@ -149,9 +149,7 @@ class Registry:
         except RegistryError as error:
             cause = error.__cause__
             # MLflow calls a missing alias an invalid parameter
-            if isinstance(cause, MlflowException) and (
-                cause.error_code == "RESOURCE_DOES_NOT_EXIST" or str(cause.message).startswith("Registered model alias")
-            ):
+            if isinstance(cause, MlflowException) and (cause.error_code == "RESOURCE_DOES_NOT_EXIST" or "Registered model alias" in str(cause.message)):
                 return None
             raise
 

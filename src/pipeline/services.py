@@ -191,11 +191,12 @@ def wait_healthy(child: process.Child, url: str, path: str, headers: Mapping[str
 
 def _listens(child: process.Child, port: int | None) -> bool:
     """Whether a process of `child` listens on `port`."""
-    try:
-        family = psutil.Process(child.supervisor.pid).children(recursive=True)
-        return any(c.status == psutil.CONN_LISTEN and c.laddr[1:] == (port,) for member in family for c in member.net_connections("inet"))
-    except psutil.NoSuchProcess:
-        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for member in psutil.Process(child.supervisor.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile, or a zombie that its parent does not reap
+                if any(found.status == psutil.CONN_LISTEN and found.laddr[1:] == (port,) for found in member.net_connections("inet")):
+                    return True
+    return False
 
 
 @contextlib.contextmanager

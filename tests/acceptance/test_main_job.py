@@ -18,10 +18,10 @@ from tests.e2e.environment import ROOT, make_sandbox
 COMPILERS = ("cc", "gcc", "g++", "c++", "c89", "c99", "clang", "x86_64-linux-gnu-g", "cpp", "as", "ld")
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture
+def clone(tmp_path: Path) -> Iterator[Path]:
     """A clone of HEAD on a machine with an empty home and package cache, so that everything is downloaded, and with no compiler on its PATH."""
-    folder = tmp_path_factory.mktemp("stranger")
+    folder = tmp_path
     (folder / "home").mkdir()
     (folder / "bin").mkdir()
     for tool in Path("/usr/bin").iterdir():
