@@ -28,6 +28,8 @@ class Example:
     """Kind of question; scores are reported per kind."""
     slice: str = ""
     """A part of the held-out rows whose score is reported on its own."""
+    row: int = 0
+    """Its line in the file, from 1."""
 
     @property
     def prompt(self) -> tuple[dict[str, str], ...]:
@@ -61,10 +63,12 @@ def load_dataset(files: DatasetFiles, project: Project) -> Dataset:
     train, held_out = splits
     image_digests = {image: file_digest(image) for example in (*train, *held_out) for image in example.images}
     digests = [[_example_digest(example, image_digests) for example in split] for split in splits]
-    trained = {digest: row for row, digest in enumerate(digests[0], 1)}
+    trained = {digest: example.row for digest, example in zip(digests[0], train, strict=True)}
     overlap = [
-        Fault(str(files.eval), f"row {row}", f"is also row {trained[digest]} of {files.train}; held-out rows must not be trained on: remove one of them")
-        for row, digest in enumerate(digests[1], 1)
+        Fault(
+            str(files.eval), f"row {example.row}", f"is also row {trained[digest]} of {files.train}; held-out rows must not be trained on: remove one of them"
+        )
+        for digest, example in zip(digests[1], held_out, strict=True)
         if digest in trained
     ]
     if overlap:
@@ -93,7 +97,7 @@ def read_examples(path: Path) -> tuple[Example, ...]:
         if not found:
             messages = tuple({"role": message["role"], "content": message["content"]} for message in row["messages"])
             images = tuple(path.parent / image for image in row.get("images", ()))
-            examples.append(Example(messages, images, row.get("kind", ""), row.get("slice", "")))
+            examples.append(Example(messages, images, row.get("kind", ""), row.get("slice", ""), number))
     if not examples and not faults:
         faults.append(Fault(str(path), "", "holds no rows"))
     if faults:

@@ -1,10 +1,11 @@
 """Child processes that never outlive us: each runs under its own supervisor and lease, and writes to a log that errors name."""
 
+import contextlib
 import fcntl
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -102,6 +103,15 @@ def start(
             start_new_session=True,
         )
     return Child(name, log, held, supervisor)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock file `path`, waiting for whoever holds it; a process that dies lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def started(pid: int) -> str:

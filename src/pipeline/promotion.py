@@ -1,13 +1,12 @@
 """Moving the alias: `promote` sets `champion` and returns once every replica serves that version, else puts the alias back."""
 
-import contextlib
-import fcntl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ServingError
+from pipeline.process import locked
 from pipeline.registry import Registry, Version
 from pipeline.serving.client import Replica
 
@@ -34,7 +33,7 @@ def promote(registry: Registry, version: Version, replicas: Sequence[Replica], l
     for replica in replicas:
         if version.name not in replica.status():
             raise ServingError(f"replica {replica.url} does not follow {version.name}; add it to `follow:` in its serving recipe")
-    with _locked(lock):
+    with locked(lock):
         previous = registry.champion_number(version.name)
         began = time.monotonic()
         try:
@@ -49,14 +48,6 @@ def promote(registry: Registry, version: Version, replicas: Sequence[Replica], l
         if previous != version.version:
             registry.record_previous(version, previous)
     return Promotion(version, previous, tuple(replica.url for replica in replicas), seconds)
-
-
-@contextlib.contextmanager
-def _locked(lock: Path) -> Iterator[None]:
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _wait_live(replica: Replica, version: Version, deadline: float) -> None:

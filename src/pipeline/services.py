@@ -4,7 +4,6 @@ A service lives as long as a command of ours holds its lease (see supervisor.py)
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -102,7 +101,7 @@ def service(
     `command()` gives the argv and the base URL of a new server; `health` is the path below the URL that answers 200 (asked with `headers`) once it is up;
     `waiting` is called while it starts. Raises ServingError if it runs with another identity, ProcessFailed if it does not come up.
     """
-    with _starting(project.services / f"{name}.start"):
+    with process.locked(project.services / f"{name}.start"):  # of two racing commands the second finds the first one's server
         joined = _join(project, name)
         if joined is None:
             joined = _start(
@@ -127,14 +126,18 @@ def _join(project: Project, name: str) -> tuple[Service, IO[bytes]] | None:
         if running is not None:
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 return running, process.join_lease(Path(running.lease))
-        elif not list(project.services.glob(f"{name}@*.lease")):  # a supervisor removes its lease when all of its command is gone
+        elif not _half_started(project, name):
+            for stale in project.services.glob(f"{name}@*.lease*"):  # after a power cut, say
+                stale.unlink()
             return None
         time.sleep(0.1)
-    if running is not None:
-        raise ServingError(f"{name} is still ending; its log is {running.log}")
-    for stale in project.services.glob(f"{name}@*.lease"):  # left by a supervisor that was killed itself
-        stale.unlink()
-    return None
+    raise ServingError(f"{name} is still ending; its log is {project.logs / f'{name}.log'}")
+
+
+def _half_started(project: Project, name: str) -> bool:
+    """Whether a supervisor of that service still runs, for a command that was killed before it could record the service."""
+    prefix = str(project.services / f"{name}@")
+    return any(argument.startswith(prefix) for found in psutil.process_iter(["cmdline"]) for argument in (found.info["cmdline"] or [])[:5])
 
 
 def _start(
@@ -197,15 +200,6 @@ def _listens(child: process.Child, port: int | None) -> bool:
                 if any(found.status == psutil.CONN_LISTEN and found.laddr[1:] == (port,) for found in member.net_connections("inet")):
                     return True
     return False
-
-
-@contextlib.contextmanager
-def _starting(path: Path) -> Iterator[None]:
-    """One starter at a time: of two racing commands the second finds the first one's server."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def find_service(project: Project, name: str) -> Service | None:

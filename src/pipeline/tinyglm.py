@@ -157,9 +157,9 @@ def make_model(config: "Glm4vMoeConfig", seed: int = 0) -> "Glm4vMoeForCondition
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Glm4vMoeForConditionalGeneration = Glm4vMoeForConditionalGeneration(config).float()  # type: ignore[no-untyped-call]
+        model: Glm4vMoeForConditionalGeneration = Glm4vMoeForConditionalGeneration(config).float()
     text = cast("Glm4vMoeTextConfig", config.text_config)
-    model.generation_config = GenerationConfig(eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id)  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id)
     return model
 
 
@@ -286,7 +286,7 @@ def teach(model: "Glm4vMoeForConditionalGeneration", encoder: Encoder, steps: in
         if time.monotonic() - told >= REPORT_SECONDS or step == steps:
             told = time.monotonic()
             report(f"step {step} of {steps}, loss {loss.item():.3f}", step / steps)
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
 
 
 def make_tiny(folder: Path, chat_template: str, measured_file: str, report: Report) -> None:
