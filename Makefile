@@ -9,7 +9,7 @@ SOURCES := src flows tests
 # Python writes no bytecode if this is set, and then every import of torch or vLLM takes a minute.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup quickstart test test-fast test-e2e acceptance check format lock clean
+.PHONY: setup quickstart test test-fast test-contract test-e2e acceptance check format lock clean
 
 setup: $(READY)
 
@@ -25,10 +25,14 @@ $(READY): requirements/$(EXTRA).txt pyproject.toml
 quickstart: setup
 	$(BIN)/tuneserve quickstart
 
-test: setup test-fast test-e2e
+test: setup test-fast test-contract test-e2e
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not e2e"
+	$(BIN)/python -m pytest -m "not e2e" --ignore-glob "*_contract.py"
+
+# Against the real ms-swift and vLLM, whose imports alone take longer than the fast tier.
+test-contract: setup
+	$(BIN)/python -m pytest $(shell find tests -name "*_contract.py")
 
 test-e2e: setup
 	$(BIN)/python -m pytest -m e2e --timeout 900

@@ -95,7 +95,7 @@ def test_help_starts_at_once() -> None:
 
 def test_the_fast_tier_takes_under_a_minute() -> None:
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "not e2e"], cwd=ROOT, check=False, capture_output=True, text=True)
+    done = subprocess.run(["make", "test-fast"], cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     print(json.dumps({"fast tier, seconds": round(time.monotonic() - began)}))
     assert time.monotonic() - began < 60

@@ -12,6 +12,8 @@ from PIL import Image
 from pipeline import tinyglm
 from pipeline.basemodel import TEMPLATE_FILE
 
+pytestmark = pytest.mark.contract
+
 Turns = list[tuple[str, str]]
 """Role and text of each message; `<image>` in a text stands for the next picture."""
 
