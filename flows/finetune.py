@@ -1,7 +1,8 @@
 """recipe -> base, dataset -> adapter -> registered version. `tuneserve train RECIPE` runs it."""
 
-import os
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import flow, task
@@ -11,10 +12,23 @@ from pipeline import basemodel, dataset, lineage, registry, training
 from pipeline.adapter import Adapter
 from pipeline.basemodel import BaseModel
 from pipeline.dataset import Dataset
+from pipeline.lineage import Inputs
+from pipeline.process import locked
 from pipeline.progress import progress
 from pipeline.project import Project, find_project
 from pipeline.recipe import FinetuneRecipe, dump_recipe, load_recipe
 from pipeline.registry import Registry, TrainingRun, Version
+
+WAITING = "another tuneserve trains {} from the same inputs; waiting for its version"
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """The version of a recipe's inputs; `trained` is False if it was there already."""
+
+    version: Version
+    trained: bool
+
 
 load_dataset = task(cache_policy=NO_CACHE, persist_result=False)(dataset.load_dataset)
 
@@ -32,35 +46,26 @@ def train_adapter(recipe: FinetuneRecipe, base: BaseModel, rows: Dataset, run: T
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="register {recipe.name}")
-def register_adapter(recipe: FinetuneRecipe, base: BaseModel, rows: Dataset, adapter: Adapter, run: TrainingRun) -> Version:
-    args = training.redacted(training.swift_args(recipe, base.folder, Path("train.jsonl"), Path("output")), base.revision, rows.digest)
-    files = {"recipe.yaml": dump_recipe(recipe), "swift_args.json": training.dump_args(args)}
-    return run.registry.register(recipe.name, run.run_id, adapter, files, base.revision, basemodel.template_digest())
+def register_adapter(recipe: FinetuneRecipe, inputs: Inputs, adapter: Adapter, run: TrainingRun) -> Version:
+    files = {"recipe.yaml": dump_recipe(recipe), "swift_args.json": training.dump_args(inputs.args)}
+    return run.registry.register(recipe.name, run.run_id, adapter, files, inputs.base.revision, basemodel.template_digest(), inputs.digest)
 
 
 @flow(name="finetune", flow_run_name="finetune {recipe_path}", persist_result=False)
-def finetune(recipe_path: str) -> Version:
+def finetune(recipe_path: str, force: bool = False) -> Finetuned:
     project = find_project()
     recipe = load_recipe(Path(recipe_path), FinetuneRecipe)
     rows = load_dataset(recipe.dataset, project)
     base = prepare_base(recipe.base_model, project)
-    with Registry(registry.tracking_uri()).run(recipe.name, registry.flat(recipe.model_dump(mode="json")), lineage_of(recipe, base, rows, project)) as run:
-        began = time.monotonic()
-        adapter = train_adapter(recipe, base, rows, run, project)
-        run.tag({"train_seconds": f"{time.monotonic() - began:.1f}", "digest": adapter.digest})
-        return register_adapter(recipe, base, rows, adapter, run)
-
-
-def lineage_of(recipe: FinetuneRecipe, base: BaseModel, rows: Dataset, project: Project) -> dict[str, str]:
-    """All that an adapter comes from, as tags of its run."""
-    inputs = {
-        "recipe": recipe.name,
-        "base_model": recipe.base_model,
-        "base_revision": base.revision,
-        "template_digest": basemodel.template_digest(),
-        "dataset_digest": rows.digest,
-        "dataset_train_rows": str(len(rows.train)),
-        "dataset_eval_rows": str(len(rows.eval)),
-        "user": os.environ.get("USER", "unknown"),
-    }
-    return inputs | lineage.code_lineage(project.root) | lineage.versions() | lineage.hardware(recipe.training.device)
+    inputs = lineage.inputs_of(recipe, base, rows)
+    registered = Registry(registry.tracking_uri())
+    with locked(project.runs / f"{recipe.name}-{inputs.digest[:16]}.lock", lambda: print(WAITING.format(recipe.name), file=sys.stderr)):
+        if not force and (found := registered.trained(recipe.name, inputs.digest)):
+            return Finetuned(found, trained=False)
+        left = [] if force else [run_id for run_id in registered.unfinished(recipe.name, inputs.digest) if (project.runs / run_id).is_dir()]
+        params, tags = registry.flat(recipe.model_dump(mode="json")), lineage.lineage_of(recipe, inputs, project.root)
+        with registered.run(recipe.name, params, tags, resume=next(iter(left), None)) as run:
+            began = time.monotonic()
+            adapter = train_adapter(recipe, base, rows, run, project)
+            run.tag({"train_seconds": f"{time.monotonic() - began:.1f}", "digest": adapter.digest})
+            return Finetuned(register_adapter(recipe, inputs, adapter, run), trained=True)

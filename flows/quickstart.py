@@ -56,7 +56,7 @@ def quickstart(project: Project, finetune_recipe: Path, serving_recipe: Path, se
         with _timed(seconds, "vllm"), progress("vLLM") as report:
             up = stack.enter_context(replica(project, serving, base, registry.tracking_uri(), lambda: report("starting", 0.0)))
         with _timed(seconds, "training"):
-            version = finetune(str(project.resolve(finetune_recipe)))
+            version = finetune(str(project.resolve(finetune_recipe)), force=True).version  # the main job is shown whole, at every call
         with _timed(seconds, "promotion"):
             if move_alias:
                 promote(version.name, version.version, [up.url])

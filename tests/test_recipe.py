@@ -57,8 +57,27 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
 
 def test_relations_between_fields_name_a_field_and_a_value_that_works(tmp_path: Path) -> None:
     assert "use 6" in faults(tmp_path, GOOD + "training: {micro_batch_size: 3, global_batch_size: 8}\n")["training.global_batch_size"]
-    assert "cuda" in faults(tmp_path, GOOD + "training: {device: cpu, deepspeed: zero2}\n")["training.deepspeed"]
+    assert "zero2" in faults(tmp_path, GOOD + "training: {device: cpu, deepspeed: zero3}\n")["training.deepspeed"]
     assert "at least 6" in faults(tmp_path, SERVE + "lora: {max_cpu_loras: 4}\n", ServingRecipe)["lora.max_cpu_loras"]
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ("training: {epochs: 1, max_steps: 5, global_batch_size: 3, micro_batch_size: 2}", {"training.max_steps", "training.global_batch_size"}),
+        ("training: {device: cpu, attention: flash_attention_2}", {"training.attention"}),
+        ("training: {packing: true}", {"training.packing"}),
+        ("lora: {layers: [3, 1], target_modules: [gate_proj], dropout: 0.1}", {"lora.layers", "lora.dropout", "lora.target_modules"}),
+        ("lora: {target_modules: [q_proj, 'a.*b']}", {"lora.target_modules.1"}),
+        ("lora: {layers: [1]}", {"lora.layers.1"}),
+        ("quantization: nf4\ntraining: {deepspeed: zero3}", {"training.deepspeed"}),
+        ("dpo: {beta: 0.2}", {"dpo"}),
+        ("method: dpo\ntraining: {packing: true, attention: flash_attention_2}", {"training.packing"}),
+        ("training: {early_stopping: {patience: 3}}", {"training.early_stopping.patience"}),
+    ],
+)
+def test_settings_that_do_not_go_together_are_all_named(tmp_path: Path, text: str, paths: set[str]) -> None:
+    assert set(faults(tmp_path, GOOD + text + "\n")) == paths
 
 
 @pytest.mark.parametrize("lora", ["{rank: '16'}", "{rank: true}", "{alpha: .inf}", "{rank: 8, rank: 16}", "{rank: 1.5}", "{target_modules: q_proj}"])

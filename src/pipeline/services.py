@@ -24,6 +24,8 @@ from pipeline.project import Project
 from pipeline.supervisor import keep_marker
 
 MLFLOW, PREFECT = "mlflow", "prefect"
+DATABASE = "mlflow.db"
+"""The embedded MLflow's SQLite file in mlruns/."""
 END_SECONDS = 30.0
 START_SECONDS = 120.0
 """A server of ours that is not up by then has failed; on two busy cores MLflow and Prefect take up to 40 s."""
@@ -253,7 +255,7 @@ def mlflow_server(project: Project) -> Iterator[Service]:
     def command() -> tuple[list[str], str]:
         port = free_port(5000)
         argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-        argv += ["--backend-store-uri", f"sqlite:///{project.mlruns / 'mlflow.db'}", "--serve-artifacts"]
+        argv += ["--backend-store-uri", f"sqlite:///{project.mlruns / DATABASE}", "--serve-artifacts"]
         return [*argv, "--artifacts-destination", (project.mlruns / "artifacts").as_uri()], f"http://127.0.0.1:{port}"
 
     with service(
@@ -307,3 +309,13 @@ def orchestration(project: Project) -> Iterator[str]:
             yield server.url + "/api"
         finally:
             del os.environ["PREFECT_API_URL"]
+
+
+def registry_at_rest(project: Project) -> str | None:
+    """Where the registry can be read without starting anything: the user's MLflow, the running embedded one, or that one's database; None if there is none yet."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if running := find_service(project, MLFLOW):
+        return running.url
+    database = project.mlruns / DATABASE
+    return f"sqlite:///{database}" if database.is_file() else None

@@ -1,30 +1,50 @@
-"""The ms-swift boundary: `swift_args` says what to run, `train_adapter` runs it and returns the adapter."""
+"""The ms-swift boundary: `swift_args` says what to run, `train_adapter` runs it, goes on where a killed one stopped, and returns the adapter."""
 
+import hashlib
 import json
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pipeline import process
+from pipeline import checkpoint, process
 from pipeline.adapter import ADAPTER_FILES, Adapter, read_adapter
+from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset, write_swift_rows
 from pipeline.errors import AdapterInvalid, ProcessFailed
 from pipeline.progress import Report
 from pipeline.project import Project
-from pipeline.recipe import FinetuneRecipe
+from pipeline.recipe import Dpo, FinetuneRecipe, Lora
 
 SwiftArgs = dict[str, str | int | float | bool | list[str]]
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 """Called with the optimizer step and what ms-swift logged there."""
 MODEL_TYPE, TEMPLATE = "glm4v_moe", "glm4_5v"
+PLUGIN = Path(__file__).with_name("swift_plugin.py")
 LOGGING_STEPS = 5
 POLL_SECONDS = 0.5
+KEPT_CHECKPOINTS = 2
+"""While the newest is written, the one before it is still whole."""
+NEUTRAL_ARGS = frozenset(
+    {"save_steps", "eval_steps", "save_total_limit", "logging_steps", "logging_first_step", "report_to", "check_model", "external_plugins"}
+)
+"""Arguments that do not change what comes out."""
+VISION_ATTENTION = ("attn.qkv", "attn.proj")
+ALIGNER = ("merger.proj",)
+"""GLM-4.5V's linear layers in its vision tower's attention and in the merger behind it, by the ends of their names."""
+ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*: (?P<rank>\d+) .*?exitcode\s*: (?P<code>-?\d+)", re.DOTALL)
+"""How torchrun's summary names the process that failed first."""
+
+
+def swift_command(recipe: FinetuneRecipe) -> str:
+    """ms-swift's command for the recipe's method."""
+    return "rlhf" if recipe.method == "dpo" else "sft"
 
 
 def swift_args(recipe: FinetuneRecipe, base: Path, train_file: Path, output: Path) -> SwiftArgs:
-    """The arguments of `swift sft` (ms-swift 4.6) for a recipe; pure."""
+    """The arguments of `swift sft` or `swift rlhf` (ms-swift 4.6) for a recipe; pure."""
     training, lora = recipe.training, recipe.lora
     args: SwiftArgs = {
         "model": str(base),
@@ -40,21 +60,29 @@ def swift_args(recipe: FinetuneRecipe, base: Path, train_file: Path, output: Pat
         "lora_rank": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": list(lora.target_modules),
+        "use_rslora": lora.rslora,
+        "target_modules": target_modules(lora),
+        "freeze_vit": lora.freeze_vit,
+        "freeze_aligner": lora.freeze_aligner,
         "torch_dtype": training.precision,
-        "num_train_epochs": training.epochs,
+        "fp16": False,  # for float32 ms-swift would ask for it
+        "bf16": training.precision == "bfloat16",
+        "attn_impl": training.attention,
         "per_device_train_batch_size": training.micro_batch_size,
         "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * training.processes),
         "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.scheduler,
         "warmup_ratio": training.warmup_ratio,
+        "weight_decay": training.weight_decay,
         "gradient_checkpointing": training.gradient_checkpointing,
+        "packing": training.packing,
         "seed": training.seed,
         "data_seed": training.seed,
         "output_dir": str(output),
         "add_version": False,
-        "save_strategy": "epoch",
-        "save_total_limit": 1,
-        "save_only_model": True,
+        "save_strategy": "steps",
+        "save_steps": training.checkpoint_steps,
+        "save_total_limit": KEPT_CHECKPOINTS,
         "eval_strategy": "no",
         "logging_steps": LOGGING_STEPS,
         "logging_first_step": True,
@@ -62,27 +90,73 @@ def swift_args(recipe: FinetuneRecipe, base: Path, train_file: Path, output: Pat
         "dataloader_num_workers": 0,
         "report_to": ["none"],
     }
+    args |= {"max_steps": training.max_steps} if training.max_steps else {"num_train_epochs": training.epochs or 1.0}
+    args |= _method_args(recipe)
+    if stopping := training.early_stopping:
+        args |= {"split_dataset_ratio": stopping.validation_share, "eval_strategy": "steps", "eval_steps": training.checkpoint_steps}
+        args |= {"per_device_eval_batch_size": training.micro_batch_size, "metric_for_best_model": "loss", "greater_is_better": False}
+        args |= {"callbacks": ["early_stop"], "early_stop_interval": stopping.patience_checkpoints}
+    if recipe.quantization:
+        args |= {"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": recipe.quantization, "bnb_4bit_compute_dtype": training.precision}
     if training.device == "cpu":
         args["use_cpu"] = True
     if training.deepspeed:
         args["deepspeed"] = training.deepspeed
+        args |= {"external_plugins": [str(PLUGIN)]} if training.device == "cpu" else {}
     return args
 
 
-def swift_environment(recipe: FinetuneRecipe) -> dict[str, str]:
-    """What ms-swift and DeepSpeed read from the environment for a recipe; pure."""
+def target_modules(lora: Lora) -> list[str]:
+    """The ends of the names of all modules that get an adapter; pure.
+
+    Names, not a pattern: peft 0.20 reduces a pattern for this model to last names, so that it loses the layers and gains modules that it never named.
+    """
+    if lora.layers:
+        language = [f"language_model.layers.{number}.self_attn.{name}" for number in range(lora.layers[0], lora.layers[1] + 1) for name in lora.target_modules]
+    else:
+        language = list(lora.target_modules)
+    return [*language, *(() if lora.freeze_vit else VISION_ATTENTION), *(() if lora.freeze_aligner else ALIGNER)]
+
+
+def _method_args(recipe: FinetuneRecipe) -> SwiftArgs:
+    if recipe.method == "sft":
+        return {}
+    dpo = recipe.dpo or Dpo()
+    args: SwiftArgs = {"rlhf_type": "dpo", "beta": dpo.beta}
+    if dpo.sft_weight:
+        args["rpo_alpha"] = dpo.sft_weight
+    return args
+
+
+def swift_environment(recipe: FinetuneRecipe, rank_logs: Path) -> dict[str, str]:
+    """What ms-swift, torchrun and DeepSpeed read from the environment for a recipe; pure. Each process's output goes to a file below `rank_logs`."""
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if recipe.training.device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if recipe.training.processes > 1:
         environment["NPROC_PER_NODE"] = str(recipe.training.processes)
+        environment["PET_STANDALONE"] = "1"  # a free port for each training, not 29500 for all
+        environment |= {"PET_LOG_DIR": str(rank_logs), "PET_TEE": "3", "PET_LOCAL_RANKS_FILTER": "0"}  # the training's own log shows rank 0
     return environment
 
 
-def redacted(args: SwiftArgs, base_revision: str, dataset_digest: str) -> SwiftArgs:
-    """`args` as they may be published with a version: paths of this machine replaced by what they stood for."""
-    return {**args, "model": f"revision {base_revision}", "dataset": [f"digest {dataset_digest}"], "output_dir": "output"}
+def published(args: SwiftArgs, base_revision: str, dataset_digest: str) -> SwiftArgs:
+    """`args` as they go into the registry with a version: paths of this machine replaced by what they stood for."""
+    paths: SwiftArgs = {"model": f"revision {base_revision}", "dataset": [f"digest {dataset_digest}"], "output_dir": "output"}
+    plugins: SwiftArgs = {"external_plugins": [PLUGIN.name]} if "external_plugins" in args else {}
+    return {key: value for key, value in args.items() if key != "resume_from_checkpoint"} | paths | plugins
+
+
+def input_digest(args: SwiftArgs, template_digest: str, versions: Mapping[str, str]) -> str:
+    """SHA-256 over all that decides what a training makes: its published arguments but for the neutral ones, the prompt template, the libraries."""
+    packages = ["ms-swift", "transformers", "peft", "torch", "python"]
+    packages += ["deepspeed"] if "deepspeed" in args else []
+    packages += ["bitsandbytes"] if "quant_method" in args else []
+    packages += ["trl"] if "rlhf_type" in args else []
+    deciding = {key: value for key, value in args.items() if key not in NEUTRAL_ARGS}
+    content = [deciding, template_digest, {package: versions.get(f"version.{package}") for package in packages}]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def dump_args(args: SwiftArgs) -> str:
@@ -92,54 +166,89 @@ def dump_args(args: SwiftArgs) -> str:
 def train_adapter(recipe: FinetuneRecipe, base: Path, dataset: Dataset, folder: Path, project: Project, on_metrics: OnMetrics, report: Report) -> Adapter:
     """Trains in `folder` (arguments, rows, checkpoints) and returns the adapter in `folder`/adapter.
 
-    Raises ProcessFailed with the log's tail if ms-swift fails. When this process dies or is interrupted, the training ends too.
+    Goes on from the last complete checkpoint that an earlier call with the same inputs left there; an adapter that is there already is returned.
+    Raises ProcessFailed with the failing process's log if ms-swift fails. When this process dies or is interrupted, the training ends too.
     """
-    output = folder / "swift"
+    adapter, output = folder / "adapter", folder / "swift"
+    if adapter.is_dir():
+        return read_adapter(adapter)
     output.mkdir(parents=True, exist_ok=True)
+    training = recipe.training
+    resumed = checkpoint.resume_point(output, training.processes, sharded=training.deepspeed is not None)
     write_swift_rows(dataset.train, folder / "train.jsonl")
+    args = swift_args(recipe, base, folder / "train.jsonl", output)
+    if resumed:
+        args["resume_from_checkpoint"] = str(resumed.folder)
     args_file = folder / "swift_args.json"
-    args_file.write_text(dump_args(swift_args(recipe, base, folder / "train.jsonl", output)), "utf-8")
+    args_file.write_text(dump_args(args), "utf-8")
+    rank_logs = project.logs / f"training-{folder.name}.ranks"
+    shutil.rmtree(rank_logs, ignore_errors=True)
+    follow_log = LogFollower(output / "logging.jsonl", on_metrics, report, resumed.step if resumed else 0)
     child = process.start(
-        [sys.executable, "-m", "swift.cli.main", "sft", str(args_file)],
+        [sys.executable, "-m", "swift.cli.main", swift_command(recipe), str(args_file)],
         name="training",
         lease=folder / "training.lease",
         log=project.logs / f"training-{folder.name}.log",
-        environment=project.child_environment(swift_environment(recipe)),
+        environment=project.child_environment(swift_environment(recipe, rank_logs)),
         cwd=folder,
     )
     try:
-        follow_log = LogFollower(output / "logging.jsonl", on_metrics, report)
         while child.poll() is None:
             time.sleep(POLL_SECONDS)
             follow_log.read()
         follow_log.read()
         if child.poll() != 0:
-            raise child.failure(f"training {recipe.name} failed")
+            raise failure_of(child, recipe, rank_logs)
     finally:
         child.end()
-    return _collect(output, folder / "adapter", child)
+    return _collect(checkpoint.best(output), adapter, child)
 
 
-def _collect(output: Path, destination: Path, child: process.Child) -> Adapter:
-    """Copies the adapter's own files out of the last checkpoint: nothing else of it (pickles, optimizer state) goes further."""
-    checkpoints = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    if not checkpoints:
+def failure_of(child: process.Child, recipe: FinetuneRecipe, rank_logs: Path) -> ProcessFailed:
+    """The error of a training that failed; of several processes, the one that torchrun says failed first, with that one's own log."""
+    what = f"training {recipe.name} failed; run it again to go on from its last checkpoint"
+    found = ROOT_CAUSE.search(child.log.read_text("utf-8", "replace"))
+    if found is None:
+        return child.failure(what)
+    rank, code = int(found["rank"]), int(found["code"])
+    log = next(iter(sorted(rank_logs.glob(f"*/attempt_*/{rank}/stderr.log"))), child.log)
+    ended = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
+    return process.failure(f"{what}: process {rank} of {recipe.training.processes} {ended} and the others were ended with it", log)
+
+
+def _collect(last: Checkpoint | None, destination: Path, child: process.Child) -> Adapter:
+    """Copies the adapter's own files out of a checkpoint: nothing else of it (pickles, optimizer state) goes further."""
+    if last is None:
         raise child.failure("training ended without a checkpoint")
-    destination.mkdir(exist_ok=True)
-    for name in ADAPTER_FILES:
-        shutil.copyfile(checkpoints[-1] / name, destination / name)
+    draft = destination.with_name("adapter.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
     try:
-        return read_adapter(destination)
-    except AdapterInvalid as error:
+        for name in ADAPTER_FILES:
+            shutil.copyfile(last.folder / name, draft / name)
+        read_adapter(draft)
+    except (AdapterInvalid, OSError) as error:
         raise ProcessFailed(f"training left no usable adapter: {error}; the log is {child.log}") from error
+    draft.rename(destination)  # from here on it is there whole, whatever kills us
+    return read_adapter(destination)
 
 
 class LogFollower:
-    """Reads what ms-swift appends to its logging.jsonl: numbers to `on_metrics`, loss, speed and time left to `report`."""
+    """Reads what ms-swift appends to its logging.jsonl: numbers to `on_metrics`, loss, speed and time left to `report`.
 
-    def __init__(self, path: Path, on_metrics: OnMetrics, report: Report) -> None:
-        self.path, self.on_metrics, self.report = path, on_metrics, report
+    What an earlier process wrote, up to the step that training goes on from, is read too: it may not have reached the registry.
+    """
+
+    def __init__(self, path: Path, on_metrics: OnMetrics, report: Report, resumed_step: int = 0) -> None:
+        self.path, self.on_metrics, self.report, self.resumed_step = path, on_metrics, report, resumed_step
         self.offset = 0
+        if path.exists():
+            self._cut_half_line()
+
+    def _cut_half_line(self) -> None:
+        """A line that a killed process left unfinished would be glued to the next one."""
+        content = self.path.read_bytes()
+        self.path.write_bytes(content[: content.rfind(b"\n") + 1])
 
     def read(self) -> None:
         """Handles every complete line that is new since the last call."""
@@ -156,12 +265,15 @@ class LogFollower:
 
     def _handle(self, record: Mapping[str, object]) -> None:
         position = record.get("global_step/max_steps")
-        if not isinstance(position, str):
-            return  # the summary at the end
+        if not isinstance(position, str) or "train_runtime" in record:
+            return  # the summaries at the end
         step, steps = (int(part) for part in position.split("/"))
         metrics = {key: float(value) for key, value in record.items() if isinstance(value, (int, float))}
         metrics = {key.replace("(", "_").replace(")", ""): value for key, value in metrics.items()}  # names that MLflow takes
         self.on_metrics(step, metrics)
+        if step <= self.resumed_step:
+            self.report(f"going on from step {self.resumed_step}/{steps}", self.resumed_step / steps)
+            return
         loss, speed = record.get("loss"), metrics.get("train_speed_s/it")
         shown = [f"step {step}/{steps}"]
         shown += [f"loss {loss:.4f}"] if isinstance(loss, float) else []

@@ -123,7 +123,7 @@ def test_nothing_is_written_to_the_home_directory(quickstart: Quickstart) -> Non
 
 def test_a_killed_training_leaves_nothing_running(quickstart: Quickstart) -> None:
     before = {process.pid for process in quickstart.sandbox.processes()}
-    training = quickstart.sandbox.start("train", "recipes/finetune/catalog-tiny.yaml")
+    training = quickstart.sandbox.start("train", "recipes/finetune/catalog-tiny.yaml", "--force")
     log = None
     deadline = time.monotonic() + 90
     known = {quickstart.answer["mlflow_run_id"]}

@@ -33,7 +33,7 @@ def register_variant(quickstart: Quickstart, folder: Path, scale: float) -> Vers
     scaled = {key: value * scale if "lora_B" in key else value for key, value in weights.items()}
     save_file(scaled, folder / "adapter_model.safetensors")
     with registry.run("variant", {}, {}) as run:
-        return registry.register("catalog", run.run_id, read_adapter(folder), {}, first.base_revision, first.template_digest)
+        return registry.register("catalog", run.run_id, read_adapter(folder), {}, first.base_revision, first.template_digest, "variant")
 
 
 def served(quickstart: Quickstart) -> dict[str, object]:

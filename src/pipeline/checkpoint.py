@@ -1,0 +1,75 @@
+"""A training's checkpoints: what ms-swift writes so that training can go on from there. One that a crash left half written is told from a complete one."""
+
+import json
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.adapter import read_adapter
+from pipeline.errors import AdapterInvalid
+
+STATE_FILE = "trainer_state.json"
+"""What transformers' Trainer writes last (rank 0)."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder after `step` optimizer steps."""
+
+    folder: Path
+    step: int
+
+
+def checkpoints(output: Path) -> list[Checkpoint]:
+    """The checkpoints below a training's output folder, complete or not, by step."""
+    found = [Checkpoint(folder, int(number)) for folder in output.glob("checkpoint-*") if (number := folder.name.rpartition("-")[2]).isdecimal()]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def is_complete(checkpoint: Checkpoint, processes: int, *, sharded: bool) -> bool:
+    """Whether training can go on from it: everything that transformers (and DeepSpeed, if `sharded`) reads is there and whole.
+
+    The files are checked and not only the last one's presence, since with several processes each writes its own.
+    """
+    folder = checkpoint.folder
+    try:
+        state = json.loads((folder / STATE_FILE).read_text("utf-8"))
+        if state["global_step"] != checkpoint.step:
+            return False
+        read_adapter(folder)
+        pickles = [folder / "scheduler.pt"]
+        pickles += [folder / f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else [folder / "rng_state.pth"]
+        if sharded:
+            shards = folder / (folder / "latest").read_text("utf-8").strip()
+            optimizers, models = sorted(shards.glob("*_optim_states.pt")), sorted(shards.glob("*_model_states.pt"))
+            split = any(path.name.startswith("zero_pp_rank_") for path in models)  # stage 3: a part of the model for each process
+            if len(optimizers) != processes or len(models) != (processes if split else 1):
+                return False
+            pickles += [*optimizers, *models]
+        else:
+            pickles.append(folder / "optimizer.pt")
+        return all(zipfile.is_zipfile(path) for path in pickles)  # torch.save writes a zip; its directory stands at the end
+    except (OSError, ValueError, KeyError, TypeError, AdapterInvalid):
+        return False
+
+
+def resume_point(output: Path, processes: int, *, sharded: bool) -> Checkpoint | None:
+    """The newest complete checkpoint, or None. Removes incomplete ones: ms-swift would count them as checkpoints."""
+    complete = None
+    for checkpoint in checkpoints(output):
+        if is_complete(checkpoint, processes, sharded=sharded):
+            complete = checkpoint
+        else:
+            shutil.rmtree(checkpoint.folder)
+    return complete
+
+
+def best(output: Path) -> Checkpoint | None:
+    """The checkpoint with the lowest validation loss if the training had one, else the last."""
+    found = checkpoints(output)
+    if not found:
+        return None
+    state = json.loads((found[-1].folder / STATE_FILE).read_text("utf-8"))
+    named = Path(state.get("best_model_checkpoint") or "").name
+    return next((checkpoint for checkpoint in found if checkpoint.folder.name == named), found[-1])

@@ -1,0 +1,71 @@
+"""A checkpoint is gone on from only if all of it is there: every file missing or cut short, one at a time, makes it incomplete."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import STATE_FILE, Checkpoint, best, checkpoints, is_complete, resume_point
+from tests.conftest import write_adapter
+
+ONE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+TWO = ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth")
+SHARDED = (
+    "scheduler.pt",
+    "rng_state_0.pth",
+    "rng_state_1.pth",
+    "global_step5/mp_rank_00_model_states.pt",
+    "global_step5/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    "global_step5/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+)
+LAYOUTS = {"one process": (ONE, 1, False), "two processes": (TWO, 2, False), "DeepSpeed": (SHARDED, 2, True)}
+
+
+def write_checkpoint(output: Path, step: int = 5, pickles: tuple[str, ...] = ONE, state: dict[str, object] | None = None) -> Checkpoint:
+    folder = write_adapter(output / f"checkpoint-{step}")
+    for name in pickles:
+        (folder / name).parent.mkdir(exist_ok=True)
+        with zipfile.ZipFile(folder / name, "w") as file:
+            file.writestr("archive/data.pkl", "state" * 100)
+    if "global_step5/mp_rank_00_model_states.pt" in pickles:
+        (folder / "latest").write_text("global_step5", "utf-8")
+    (folder / STATE_FILE).write_text(json.dumps({"global_step": step} | (state or {})), "utf-8")
+    return Checkpoint(folder, step)
+
+
+@pytest.mark.parametrize(("pickles", "processes", "sharded"), LAYOUTS.values(), ids=LAYOUTS)
+def test_whole_ones_are_complete_and_each_missing_or_cut_file_is_found(tmp_path: Path, pickles: tuple[str, ...], processes: int, sharded: bool) -> None:
+    whole = write_checkpoint(tmp_path, pickles=pickles)
+    assert is_complete(whole, processes, sharded=sharded)
+    for path in [path for path in whole.folder.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        path.unlink()
+        assert not is_complete(whole, processes, sharded=sharded), f"without {path.name}"
+        path.write_bytes(content[: len(content) // 2])
+        assert not is_complete(whole, processes, sharded=sharded), f"half of {path.name}"
+        path.write_bytes(content)
+    assert is_complete(whole, processes, sharded=sharded)
+
+
+def test_a_checkpoint_of_fewer_processes_is_not_gone_on_from(tmp_path: Path) -> None:
+    assert not is_complete(write_checkpoint(tmp_path), 2, sharded=False)
+
+
+def test_training_goes_on_from_the_newest_complete_one_and_incomplete_ones_are_removed(tmp_path: Path) -> None:
+    assert resume_point(tmp_path, 1, sharded=False) is None
+    for step in (5, 10, 100):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-100" / "optimizer.pt").write_bytes(b"half")
+    (tmp_path / "last-checkpoint").symlink_to("checkpoint-100")
+    assert resume_point(tmp_path, 1, sharded=False) == Checkpoint(tmp_path / "checkpoint-10", 10)
+    assert [found.step for found in checkpoints(tmp_path)] == [5, 10]
+
+
+def test_the_adapter_is_taken_from_the_best_checkpoint_if_training_names_one(tmp_path: Path) -> None:
+    assert best(tmp_path) is None
+    write_checkpoint(tmp_path, 5)
+    last = write_checkpoint(tmp_path, 10)
+    assert best(tmp_path) == last
+    write_checkpoint(tmp_path, 10, state={"best_model_checkpoint": "/elsewhere/swift/checkpoint-5"})
+    assert best(tmp_path) == Checkpoint(tmp_path / "checkpoint-5", 5)
