@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import sys
@@ -84,7 +85,7 @@ def swift_args(recipe: FinetuneRecipe, base: Path, train_file: Path, output: Pat
         "save_steps": training.checkpoint_steps,
         "save_total_limit": KEPT_CHECKPOINTS,
         "eval_strategy": "no",
-        "logging_steps": LOGGING_STEPS,
+        "logging_steps": math.gcd(LOGGING_STEPS, training.checkpoint_steps),  # a logged loss is a mean since the last: resumed trainings log the same
         "logging_first_step": True,
         "dataset_num_proc": 1,
         "dataloader_num_workers": 0,

@@ -13,6 +13,18 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[2]
+COMPILERS = ("cc", "gcc", "g++", "c++", "c89", "c99", "clang", "x86_64-linux-gnu-g", "cpp", "as", "ld")
+
+
+def path_without_compilers(folder: Path) -> str:
+    """A PATH with all of /usr/bin but its compilers, through links in `folder`, and with this Python's own tools."""
+    folder.mkdir(exist_ok=True)
+    for tool in Path("/usr/bin").iterdir():
+        if not ((folder / tool.name).is_symlink() or tool.name in COMPILERS or tool.name.startswith(("gcc-", "g++-", "cpp-", "clang", "x86_64-linux-gnu-"))):
+            (folder / tool.name).symlink_to(tool)
+    path = f"{folder}:{Path(sys.base_prefix) / 'bin'}"
+    assert shutil.which("gcc", path=path) is None
+    return path
 
 
 @dataclass(frozen=True)
@@ -27,12 +39,12 @@ class Sandbox:
         unwanted = {"PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "TUNESERVE_PROJECT"}
         return {key: value for key, value in os.environ.items() if key not in unwanted} | {"HOME": str(self.home)}
 
-    def start(self, *args: str) -> subprocess.Popen[str]:
+    def start(self, *args: str, **environment: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "pipeline.cli", *args]
-        return subprocess.Popen(command, cwd=self.root, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=self.root, env=self.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def run(self, *args: str, seconds: float = 600) -> subprocess.CompletedProcess[str]:
-        process = self.start(*args)
+    def run(self, *args: str, seconds: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*args, **environment)
         try:
             out, err = process.communicate(timeout=seconds)
         except BaseException as error:
@@ -41,9 +53,9 @@ class Sandbox:
             raise AssertionError(f"{args} did not end ({error!r}):\n{out}\n{err}") from error
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
-    def json(self, *args: str, seconds: float = 600) -> dict[str, Any]:
+    def json(self, *args: str, seconds: float = 600, **environment: str) -> dict[str, Any]:
         """The last line of stdout of a command that must succeed."""
-        done = self.run(*args, seconds=seconds)
+        done = self.run(*args, seconds=seconds, **environment)
         assert done.returncode == 0, f"{args} exited {done.returncode}:\n{done.stdout}\n{done.stderr}"
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return answer

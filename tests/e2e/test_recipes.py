@@ -1,0 +1,33 @@
+"""The embedded recipe's twins, DeepSpeed and QLoRA, on a machine without a compiler: each trains to an adapter that answers when served. Runs last."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.dataset import read_examples
+from pipeline.evaluation import evaluate
+from tests.e2e.conftest import Quickstart
+from tests.e2e.environment import path_without_compilers
+
+
+@pytest.mark.parametrize("twin", ["zero2", "qlora"])
+def test_a_twin_trains_to_a_served_adapter_that_beats_the_base(quickstart: Quickstart, tmp_path: Path, twin: str) -> None:
+    recipe = f"recipes/finetune/catalog-tiny-{twin}.yaml"
+    trained = quickstart.sandbox.json("train", recipe, "--json", PATH=path_without_compilers(tmp_path / "bin"))
+    label = f"catalog/{trained['version']}"
+    assert trained["trained"]
+    params = quickstart.registry.client.get_run(trained["mlflow_run_id"]).data.params
+    assert (params["training.deepspeed"], params["quantization"]) == (("zero2", "None") if twin == "zero2" else ("None", "nf4"))
+    quickstart.sandbox.json("promote", label, "--json")
+    questions = read_examples(quickstart.sandbox.root / "data/catalog/eval.jsonl")
+    answers = evaluate(quickstart.replica, "catalog", questions, lambda text, fraction: None)
+    assert [model.partition("@")[0] for model in answers.models] == [label]
+    assert answers.exact_match >= quickstart.answer["base"]["exact_match"] + 0.5, answers.by("kind")
+
+
+def test_training_the_same_again_gives_the_same_version(quickstart: Quickstart) -> None:
+    recipe = "recipes/finetune/catalog-tiny-qlora.yaml"
+    runs = {path.name for path in (quickstart.sandbox.root / ".tuneserve/runs").iterdir()}
+    first, second = (quickstart.sandbox.json("train", recipe, "--json") for _ in range(2))
+    assert first == second and not first["trained"]
+    assert {path.name for path in (quickstart.sandbox.root / ".tuneserve/runs").iterdir()} == runs
