@@ -132,6 +132,7 @@ def _method_args(recipe: FinetuneRecipe) -> SwiftArgs:
 def swift_environment(recipe: FinetuneRecipe, rank_logs: Path) -> dict[str, str]:
     """What ms-swift, torchrun and DeepSpeed read from the environment for a recipe; pure. Each process's output goes to a file below `rank_logs`."""
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONHASHSEED"] = "0"  # peft writes a set of names: equal trainings make equal files
     if recipe.training.device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
         environment["CUDA_VISIBLE_DEVICES"] = ""
