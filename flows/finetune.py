@@ -1,28 +1,35 @@
 """recipe -> base, dataset -> adapter -> registered version. `tuneserve train RECIPE` runs it."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from pipeline import basemodel, dataset, lineage, registry, training
+from pipeline import basemodel, dataset, lineage, registry, row_statistics, training
 from pipeline.adapter import Adapter
 from pipeline.basemodel import BaseModel
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, Deep
 from pipeline.progress import progress
 from pipeline.project import Project, find_project
 from pipeline.recipe import FinetuneRecipe, dump_recipe, load_recipe
 from pipeline.registry import Registry, TrainingRun, Version
-
-load_dataset = task(cache_policy=NO_CACHE, persist_result=False)(dataset.load_dataset)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="prepare_base {name}")
 def prepare_base(name: str, project: Project) -> BaseModel:
     with progress("base model") as report:
         return basemodel.resolve_base_model(name, project, report)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="check the rows of {recipe.name}")
+def load_dataset(recipe: FinetuneRecipe, base: BaseModel, project: Project) -> Dataset:
+    with progress("rows") as report:
+        rows = dataset.load_dataset(recipe.dataset, project, Deep(base.folder, recipe.training.max_length_tokens), report)
+    print("\n".join([*(f"warning: {warning}" for warning in rows.warnings), row_statistics.table(dict(rows.statistics))]), file=sys.stderr)
+    return rows
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="train {recipe.name}")
@@ -42,9 +49,10 @@ def register_adapter(recipe: FinetuneRecipe, base: BaseModel, rows: Dataset, ada
 def finetune(recipe_path: str) -> Version:
     project = find_project()
     recipe = load_recipe(Path(recipe_path), FinetuneRecipe)
-    rows = load_dataset(recipe.dataset, project)
     base = prepare_base(recipe.base_model, project)
+    rows = load_dataset(recipe, base, project)
     with Registry(registry.tracking_uri()).run(recipe.name, registry.flat(recipe.model_dump(mode="json")), lineage_of(recipe, base, rows, project)) as run:
+        run.log_metrics(0, rows.metrics())
         began = time.monotonic()
         adapter = train_adapter(recipe, base, rows, run, project)
         run.tag({"train_seconds": f"{time.monotonic() - began:.1f}", "digest": adapter.digest})

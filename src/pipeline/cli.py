@@ -17,7 +17,9 @@ import click
 from pipeline.errors import Fault, InvalidInput, TuneserveError
 
 if TYPE_CHECKING:
+    from pipeline.dataset import Check
     from pipeline.project import Project
+    from pipeline.recipe import FinetuneRecipe
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout.")
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
@@ -60,28 +62,62 @@ def _flow_servers(project: "Project") -> Iterator[tuple[str, str]]:
         yield urls
 
 
-@cli.command()
+@cli.command(short_help="Validate recipes and their data.")
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--deep", is_flag=True, help="Also decode every image, count every row's tokens and look for pictures that are in both splits.")
 @json_option
-def check(recipes: tuple[Path, ...], as_json: bool) -> None:
-    """Validate recipes and their data: no GPU, no network."""
-    from pipeline.dataset import check_files
+def check(recipes: tuple[Path, ...], deep: bool, as_json: bool) -> None:
+    """Validate recipes and their data: no GPU, no network. `train` checks as --deep does."""
     from pipeline.project import find_project
-    from pipeline.recipe import check_recipe
+    from pipeline.row_statistics import table
 
+    project = find_project()
     faults: list[Fault] = []
+    warnings: list[Fault] = []
+    statistics: dict[str, Any] = {}
     for path in recipes:
-        found, files = check_recipe(path)
+        found, checked = _check_recipe(path, project, deep)
         faults += found
-        if files:
-            faults += check_files(files, path, find_project())
+        if checked:
+            faults += checked.faults
+            warnings += checked.warnings
+            statistics |= {str(path): checked.statistics} if checked.statistics else {}
+    faults, warnings = list(dict.fromkeys(faults)), list(dict.fromkeys(warnings))  # recipes may share their rows
     if as_json:
-        click.echo(json.dumps({"ok": not faults, "errors": [fault.as_dict() for fault in faults]}))
-    elif not faults:
-        click.echo(f"{len(recipes)} recipe{'s' if len(recipes) > 1 else ''} checked, no fault found")
+        answer: dict[str, Any] = {"ok": not faults, "errors": [fault.as_dict() for fault in faults], "warnings": [each.as_dict() for each in warnings]}
+        figures = {recipe: {name: split.as_dict() for name, split in splits.items()} for recipe, splits in statistics.items()}
+        click.echo(json.dumps(answer | ({"statistics": figures} if deep else {})))
     else:
-        click.echo("\n".join(str(fault) for fault in faults), err=True)
+        for line in [*(f"warning: {warning}" for warning in warnings), *map(str, faults)]:
+            click.echo(line, err=True)
+        if not faults:
+            for recipe, splits in statistics.items():
+                click.echo(f"{recipe}\n{table(splits)}")
+            click.echo(f"{len(recipes)} recipe{'s' if len(recipes) > 1 else ''} checked, no fault found")
     sys.exit(InvalidInput.exit_code if faults else 0)
+
+
+def _check_recipe(path: Path, project: "Project", deep: bool) -> "tuple[list[Fault], Check | None]":
+    """The recipe's faults, and what was found in its rows as far as it names them right."""
+    from pipeline.basemodel import resolve_base_model
+    from pipeline.dataset import Deep, check_dataset
+    from pipeline.progress import progress
+    from pipeline.recipe import FinetuneRecipe, Training, check_recipe, load_recipe
+
+    faults, files = check_recipe(path)
+    if not files or not deep:
+        return faults, check_dataset(files, project, recipe=path) if files else None
+    base, max_length_tokens = None, Training().max_length_tokens
+    if not faults:  # else images only: which base model and which limit is not known
+        recipe = load_recipe(path, FinetuneRecipe)
+        max_length_tokens = recipe.training.max_length_tokens
+        try:
+            with progress("base model") as report:
+                base = resolve_base_model(recipe.base_model, project, report).folder
+        except InvalidInput as error:
+            faults = list(error.faults)
+    with progress(f"rows of {path}") as report:
+        return faults, check_dataset(files, project, Deep(base, max_length_tokens), report, path)
 
 
 @cli.command(short_help="Train an adapter and register it.")
@@ -91,7 +127,7 @@ def train(recipe: Path, as_json: bool) -> None:
     """Train the adapter of a finetune recipe and register it as a version."""
     from pipeline.recipe import FinetuneRecipe, load_recipe
 
-    load_recipe(recipe, FinetuneRecipe)  # a wrong recipe is refused before any server starts
+    _refuse_bad_rows(recipe, load_recipe(recipe, FinetuneRecipe))  # before any server starts
     with _project() as project, _flow_servers(project) as (mlflow_uri, prefect_url):
         from flows.finetune import finetune
 
@@ -103,6 +139,21 @@ def train(recipe: Path, as_json: bool) -> None:
     click.echo(f"registered {version.label}, digest {version.digest[:12]}")
     click.echo(f"run {version.run_id}: MLflow {mlflow_uri}, Prefect {prefect_url.removesuffix('/api')}   (`tuneserve up` brings embedded servers back)")
     click.echo(f"serve it: tuneserve promote {version.label}   (files: {project.relative(project.runs / version.run_id)})")
+
+
+def _refuse_bad_rows(path: Path, recipe: "FinetuneRecipe") -> None:
+    """Raises InvalidInput if a row's structure is wrong; then images and, with a base model at hand, tokens are looked at too, so that all is said at once."""
+    from pipeline.basemodel import base_folder_at_hand
+    from pipeline.dataset import Deep, check_dataset
+    from pipeline.progress import progress
+    from pipeline.project import find_project
+
+    project = find_project()
+    if not check_dataset(recipe.dataset, project, recipe=path).faults:
+        return
+    with progress("rows") as report:
+        deep = Deep(base_folder_at_hand(recipe.base_model, project), recipe.training.max_length_tokens)
+        raise InvalidInput(check_dataset(recipe.dataset, project, deep, report, path).faults)
 
 
 @cli.command(short_help="Run a vLLM server that follows the registry.")

@@ -32,11 +32,13 @@ class Section(BaseModel):
 
 
 class DatasetFiles(Section):
-    """Question-answer rows: JSONL with `messages` and `images` (image paths relative to the file)."""
+    """Question-answer rows: .jsonl, .json, .csv, .parquet or a Hugging Face dataset folder each (image paths relative to the file)."""
 
     train: Path
     eval: Path
     """Held-out rows; never trained on."""
+    max_bad_rows: Annotated[int, Field(ge=0)] = 0
+    """Bad rows that may be left out of each file; they are reported, and more than these fail. Held-out rows in train always fail."""
 
 
 class Lora(Section):
