@@ -141,6 +141,12 @@ def test_rows_that_stand_twice_are_warned_of(project: Project) -> None:
     assert found.faults == () and places(found.warnings) == [("t.jsonl", "row 3")] and "also row 1" in found.warnings[0].message
 
 
+def test_answers_with_thoughts_are_warned_of_once(project: Project) -> None:
+    train: list[object] = [row("<think></think>\nx", None), row("<think>hm</think>\ny", None), row("<think>so</think>z", None)]
+    found = check_dataset(files(project, train, [row("z", None)]), project)
+    assert found.faults == () and places(found.warnings) == [("t.jsonl", "")] and "2 answers begin with a thought (first: row 2)" in found.warnings[0].message
+
+
 def test_a_missing_file_is_named_by_its_key(project: Project) -> None:
     write_rows(project.root / "e.jsonl", [row("x", None)])
     found = check_dataset(DatasetFiles(train=Path("t.jsonl"), eval=Path("e.jsonl")), project, recipe=Path("r.yaml"))

@@ -92,7 +92,10 @@ def test_only_plain_files_are_images(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     write_image(tmp_path / "a.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
-    said = {image: found(row(image=image), tmp_path) for image in ("link.png", "pipe", ".", "none.png", "a.png/b", "/dev/zero", "https://a/b.png", "n\0ul")}
+    said = {
+        image: found(row(image=image), tmp_path)
+        for image in ("link.png", "pipe", ".", "none.png", "a.png/b", "/dev/zero", "https://a/b.png", "n\0ul", "a.png ")
+    }
     assert said.pop("link.png") == []
     assert all(len(faults) == 1 and faults[0][0] == ".images.0" for faults in said.values())
     assert "plain file" in said["pipe"][0][1] and "plain file" in said["/dev/zero"][0][1]

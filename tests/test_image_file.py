@@ -22,6 +22,13 @@ def test_pictures_of_every_allowed_format_are_seen(tmp_path: Path, name: str, mo
     assert (seen.fault, seen.doubt, seen.size, len(seen.digest)) == ("", "", (56, 40), 64) and seen.likeness is not None
 
 
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "I;16", "CMYK"])
+def test_every_kind_of_pixel_is_seen(tmp_path: Path, mode: str) -> None:
+    seen = look(save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), mode))
+    assert seen.fault == "" and seen.likeness is not None
+    assert bool(seen.doubt) == mode.endswith("A"), "only what is transparent is"
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.gif"])
 def test_a_file_cut_short_is_a_fault_wherever_it_is_cut(tmp_path: Path, name: str) -> None:
     noise = Image.effect_noise((64, 64), 80).convert("RGB")

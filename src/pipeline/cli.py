@@ -17,9 +17,7 @@ import click
 from pipeline.errors import Fault, InvalidInput, TuneserveError
 
 if TYPE_CHECKING:
-    from pipeline.dataset import Check
     from pipeline.project import Project
-    from pipeline.recipe import FinetuneRecipe
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout.")
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
@@ -68,6 +66,7 @@ def _flow_servers(project: "Project") -> Iterator[tuple[str, str]]:
 @json_option
 def check(recipes: tuple[Path, ...], deep: bool, as_json: bool) -> None:
     """Validate recipes and their data: no GPU, no network. `train` checks as --deep does."""
+    from pipeline.preflight import check_recipe_and_rows
     from pipeline.project import find_project
     from pipeline.row_statistics import table
 
@@ -76,7 +75,7 @@ def check(recipes: tuple[Path, ...], deep: bool, as_json: bool) -> None:
     warnings: list[Fault] = []
     statistics: dict[str, Any] = {}
     for path in recipes:
-        found, checked = _check_recipe(path, project, deep)
+        found, checked = check_recipe_and_rows(path, project, deep)
         faults += found
         if checked:
             faults += checked.faults
@@ -97,37 +96,16 @@ def check(recipes: tuple[Path, ...], deep: bool, as_json: bool) -> None:
     sys.exit(InvalidInput.exit_code if faults else 0)
 
 
-def _check_recipe(path: Path, project: "Project", deep: bool) -> "tuple[list[Fault], Check | None]":
-    """The recipe's faults, and what was found in its rows as far as it names them right."""
-    from pipeline.basemodel import resolve_base_model
-    from pipeline.dataset import Deep, check_dataset
-    from pipeline.progress import progress
-    from pipeline.recipe import FinetuneRecipe, Training, check_recipe, load_recipe
-
-    faults, files = check_recipe(path)
-    if not files or not deep:
-        return faults, check_dataset(files, project, recipe=path) if files else None
-    base, max_length_tokens = None, Training().max_length_tokens
-    if not faults:  # else images only: which base model and which limit is not known
-        recipe = load_recipe(path, FinetuneRecipe)
-        max_length_tokens = recipe.training.max_length_tokens
-        try:
-            with progress("base model") as report:
-                base = resolve_base_model(recipe.base_model, project, report).folder
-        except InvalidInput as error:
-            faults = list(error.faults)
-    with progress(f"rows of {path}") as report:
-        return faults, check_dataset(files, project, Deep(base, max_length_tokens), report, path)
-
-
 @cli.command(short_help="Train an adapter and register it.")
 @recipe_argument
 @json_option
 def train(recipe: Path, as_json: bool) -> None:
     """Train the adapter of a finetune recipe and register it as a version."""
+    from pipeline.preflight import refuse_bad_rows
+    from pipeline.project import find_project
     from pipeline.recipe import FinetuneRecipe, load_recipe
 
-    _refuse_bad_rows(recipe, load_recipe(recipe, FinetuneRecipe))  # before any server starts
+    refuse_bad_rows(recipe, load_recipe(recipe, FinetuneRecipe), find_project())  # before any server starts
     with _project() as project, _flow_servers(project) as (mlflow_uri, prefect_url):
         from flows.finetune import finetune
 
@@ -139,21 +117,6 @@ def train(recipe: Path, as_json: bool) -> None:
     click.echo(f"registered {version.label}, digest {version.digest[:12]}")
     click.echo(f"run {version.run_id}: MLflow {mlflow_uri}, Prefect {prefect_url.removesuffix('/api')}   (`tuneserve up` brings embedded servers back)")
     click.echo(f"serve it: tuneserve promote {version.label}   (files: {project.relative(project.runs / version.run_id)})")
-
-
-def _refuse_bad_rows(path: Path, recipe: "FinetuneRecipe") -> None:
-    """Raises InvalidInput if a row's structure is wrong; then images and, with a base model at hand, tokens are looked at too, so that all is said at once."""
-    from pipeline.basemodel import base_folder_at_hand
-    from pipeline.dataset import Deep, check_dataset
-    from pipeline.progress import progress
-    from pipeline.project import find_project
-
-    project = find_project()
-    if not check_dataset(recipe.dataset, project, recipe=path).faults:
-        return
-    with progress("rows") as report:
-        deep = Deep(base_folder_at_hand(recipe.base_model, project), recipe.training.max_length_tokens)
-        raise InvalidInput(check_dataset(recipe.dataset, project, deep, report, path).faults)
 
 
 @cli.command(short_help="Run a vLLM server that follows the registry.")

@@ -91,9 +91,7 @@ def read_examples(path: Path, project: Project, max_bad_rows: int = 0) -> tuple[
 def check_dataset(files: DatasetFiles, project: Project, deep: Deep | None = None, report: Report = _quiet, recipe: Path | None = None) -> Check:
     """Everything wrong or doubtful with a recipe's rows, at once: one fault per cause.
 
-    Without `deep` no image is opened but those of rows that may be equal. A missing file is a fault of `recipe`, if given, by its key there.
-    Raises InvalidInput only if the base model's tokenizer or image processor cannot be read.
-    """
+    Without `deep` no image is opened but those of rows that may be equal. A missing file is a fault of `recipe`, if given, by its key there."""
     train, held_out = splits = tuple(_read(files, key, project, recipe) for key in ("train", "eval"))
     inspection = _inspect(splits, deep, report) if deep else None
     digest_of = _ImageDigests({path: look.digest for path, look in inspection.looks.items() if not look.fault} if inspection else {})
@@ -107,7 +105,7 @@ def check_dataset(files: DatasetFiles, project: Project, deep: Deep | None = Non
     return Check(
         tuple(train.examples),
         tuple(held_out.examples),
-        tuple(fault for split in splits for fault in split.shown_faults()),
+        (*(inspection.faults if inspection else ()), *(fault for split in splits for fault in split.shown_faults())),
         tuple(warning for split in splits for warning in split.warnings),
         {name: _statistics(split, inspection) for name, split in zip(("train", "eval"), splits, strict=True)} if inspection and inspection.tokens else {},
         (train.dropped, held_out.dropped),

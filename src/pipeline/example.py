@@ -168,9 +168,12 @@ def _rejected_faults(row: dict[str, Any], answer: str) -> list[str]:
 
 def _file_fault(folder: Path, image: str) -> str | None:
     """Why the image's path is not that of a plain file; nothing is opened, so that no pipe or device can make us wait."""
+    if image != image.rstrip():
+        return f"{image!r} ends with white space, which ms-swift cuts off; rename the file"
+    path = os.path.join(folder, image)  # noqa: PTH118 (a Path per image doubles the time of a check)
     try:
-        if stat.S_ISREG(os.stat(os.path.join(folder, image)).st_mode):  # noqa: PTH116, PTH118 (a Path per image doubles the time of a check)
-            return None
+        if stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+            return None if os.access(path, os.R_OK) else f"{image} may not be read; change its permissions"
     except (OSError, ValueError) as error:
         if image.startswith(("http://", "https://", "data:")):
             return f"{image[:60]} is not a file; training reads local files only: save the picture and give its path"

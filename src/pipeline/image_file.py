@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 from PIL import Image
 
 from pipeline.likeness import Likeness, likeness
@@ -70,7 +69,8 @@ def _doubt(image: Image.Image) -> str:
     """vLLM turns an image by its EXIF tag and puts a transparent one on white; ms-swift does neither."""
     if image.getexif().get(ORIENTATION, 1) not in (0, 1):
         return "is turned by an EXIF tag, which serving heeds and training does not: save it upright"
-    if image.has_transparency_data and numpy.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
+    alpha = image.getchannel("A") if "A" in image.getbands() else image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if alpha and any(alpha.histogram()[:255]):
         return "is transparent, which serving shows on white and training does not: save it without an alpha channel"
     return ""
 

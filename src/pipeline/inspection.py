@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import Fault, InvalidInput
 from pipeline.example import Example, Found
 from pipeline.image_file import Look, look_at_all
 from pipeline.likeness import Likeness, alike
@@ -21,15 +22,13 @@ class Inspection:
     looks: dict[Path, Look]
     tokens: dict[tuple[str, int], Tokens]
     """By split and row; empty if they were not counted."""
+    faults: tuple[Fault, ...] = ()
+    """What kept tokens from being counted with the base model."""
 
 
 def inspect(splits: Sequence[Split], base: Path | None, max_length_tokens: int, report: Report) -> Inspection:
-    """Refuses rows with images that do not decode or with too many tokens; without `base` tokens are not counted.
-
-    Raises InvalidInput if the base model's tokenizer or image processor cannot be read.
-    """
-    if base:
-        read_counter(base)
+    """Refuses rows with images that do not decode or with too many tokens; without a `base` that can be read tokens are not counted."""
+    base, faults = _readable(base)
     paths = list({image: None for split in splits for example in split.examples for image in example.images})
     steps = len(paths) + (sum(len(split.examples) for split in splits) if base else 0)
     looks: dict[Path, Look] = {}
@@ -44,7 +43,17 @@ def inspect(splits: Sequence[Split], base: Path | None, max_length_tokens: int, 
                 done = len(paths) + len(tokens)
                 split.refuse(_count(hired, split, looks, base, max_length_tokens, tokens))
                 report(f"{len(tokens)} rows counted", min(1.0, (done + len(split.examples)) / steps))
-    return Inspection(looks, tokens)
+    return Inspection(looks, tokens, faults)
+
+
+def _readable(base: Path | None) -> tuple[Path | None, tuple[Fault, ...]]:
+    """The base if its tokenizer and image processor can be read, else why not."""
+    try:
+        if base:
+            read_counter(base)
+    except InvalidInput as error:
+        return None, error.faults
+    return base, ()
 
 
 def _image_faults(split: Split, looks: dict[Path, Look]) -> dict[int, list[Found]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import Fault, InvalidInput
-from pipeline.example import Example, Found, read_example
+from pipeline.example import THOUGHT, Example, Found, read_example
 from pipeline.project import Project
 from pipeline.rows import read_rows
 
@@ -88,4 +88,7 @@ def read_split(path: Path, project: Project) -> Split:
     preferences = sum(bool(example.rejected) for example in split.examples)
     if 0 < preferences < len(split.examples):  # ms-swift raises on a row without one where others have one
         split.faults.append(split.fault("", f"{preferences} of {len(split.examples)} rows have a rejected_response; give all rows of a file one, or none"))
+    thoughts = [example.row for example in split.examples if (thought := THOUGHT.match(example.answer)) and thought[0] != "<think></think>"]
+    if thoughts:
+        split.warn([("", f"{len(thoughts)} answers begin with a thought (first: row {thoughts[0]}); models are served without thinking, after an empty one")])
     return split

@@ -16,7 +16,7 @@ TRAIN_ROWS, EVAL_ROWS = 9_000, 1_000
 SIDE = 56
 STRUCTURE_SECONDS = 3.0
 DEEP_ROWS_PER_SECOND = 500
-MAX_MEMORY_MIB = 800
+MAX_MEMORY_MIB = 300
 """Of the command and its workers together, most of it the Python processes with numpy and the tokenizer; the rows' images would be 90 MiB decoded at once."""
 
 
