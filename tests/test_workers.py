@@ -57,6 +57,12 @@ def test_many_things_come_back_in_order(deeds: str) -> None:
     assert multiprocessing.active_children() == []
 
 
+def test_a_few_large_things_are_worth_processes_too(deeds: str) -> None:
+    with workers() as hired:
+        assert list(hired.map(__import__(deeds).double, [1, 2], small=False)) == [2, 4]
+        assert multiprocessing.active_children()
+
+
 def test_a_worker_that_dies_is_an_error_not_a_wait(deeds: str) -> None:
     with pytest.raises(TuneserveError, match="a worker process died"), workers() as hired:
         list(hired.map(__import__(deeds).die, range(MANY)))

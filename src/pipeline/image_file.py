@@ -15,7 +15,7 @@ from pipeline.likeness import Likeness, likeness
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """What the servers' clients send too; PIL's other decoders are not offered to files that we do not know."""
 MAX_PIXELS = 50_000_000
-"""Twice what GLM-4.5V looks at; a larger image costs a worker more than 150 MB, and a small file can claim any size."""
+"""Twice what GLM-4.5V looks at; one such image costs a worker 150 to 400 MB, and a small file can claim any size."""
 SCALE = "scale it down, the model sees less than half of that"
 MAX_ASPECT = 200
 """Longer side over shorter; GLM-4.5V's image processor raises above it."""

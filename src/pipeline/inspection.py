@@ -12,7 +12,10 @@ from pipeline.likeness import Likeness, alike
 from pipeline.progress import Report
 from pipeline.prompt import Task, Tokens, count_all, read_counter
 from pipeline.split import MAX_WARNINGS, Split
-from pipeline.workers import Workers, workers
+from pipeline.workers import FEW, Workers, workers
+
+SMALL_BYTES = 4 * 2**20
+"""Image files that one process decodes before a second one has started."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ def inspect(splits: Sequence[Split], base: Path | None, max_length_tokens: int, 
     looks: dict[Path, Look] = {}
     tokens: dict[tuple[str, int], Tokens] = {}
     with workers() as hired:
-        for path, look in zip(paths, hired.map(look_at_all, paths), strict=True):
+        small = len(paths) <= FEW and sum(path.stat().st_size for path in paths) <= SMALL_BYTES
+        for path, look in zip(paths, hired.map(look_at_all, paths, small), strict=True):
             looks[path] = look
             report(f"{len(looks)} of {len(paths)} images", len(looks) / steps)
         for split in splits:

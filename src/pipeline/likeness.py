@@ -50,7 +50,7 @@ class Likeness:
 def likeness(image: Image.Image) -> Likeness:
     """The likeness of a decoded image, which is left as it is."""
     width, height = image.size
-    small = image.convert("RGB")
+    small = image if image.mode == "RGB" else image.convert("RGB")  # converting copies even where there is nothing to convert
     if max(width, height) > SHRUNK:
         small = small.resize((min(width, SHRUNK), min(height, SHRUNK)), Image.Resampling.BOX)
     pixels = numpy.asarray(small.convert("YCbCr"), numpy.float32)

@@ -15,10 +15,10 @@ from pipeline.errors import TuneserveError
 
 T = TypeVar("T")
 R = TypeVar("R")
-CHUNK = 64
-"""Things handed over at a time: enough that handing over costs little, few enough that progress shows and an end comes soon."""
-FEW = 4 * CHUNK
-"""Not worth starting processes for."""
+CHUNK = 16
+"""Things handed over at a time: enough that handing over costs little, few enough that large images do not all go to one worker."""
+FEW = 256
+"""Small things not worth starting processes for."""
 
 
 class Workers:
@@ -29,13 +29,13 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
         self._others = set(multiprocessing.active_children())
 
-    def map(self, function: Callable[[Sequence[T]], list[R]], things: Sequence[T]) -> Iterator[R]:
-        """The result for each thing, in order; `function` does a chunk and must be importable by name.
+    def map(self, function: Callable[[Sequence[T]], list[R]], things: Sequence[T], small: bool = True) -> Iterator[R]:
+        """The result for each thing, in order; `function` does a chunk and must be importable by name. Few things that are `small` are done right here.
 
         Raises TuneserveError if a worker dies, as it does when memory runs out.
         """
         chunks = (things[start : start + CHUNK] for start in range(0, len(things), CHUNK))
-        if len(things) <= FEW or self._count == 1:
+        if (small and len(things) <= FEW) or self._count == 1:
             for chunk in chunks:
                 yield from function(chunk)
             return
