@@ -2,18 +2,19 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from pipeline import basemodel, dataset, lineage, registry, training
+from pipeline import basemodel, dataset, lineage, registry, row_statistics, training
 from pipeline.adapter import Adapter
 from pipeline.basemodel import BaseModel
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, Deep
 from pipeline.lineage import Inputs
 from pipeline.process import locked
+from pipeline.preflight import checked_rows
 from pipeline.progress import progress
 from pipeline.project import Project, find_project
 from pipeline.recipe import FinetuneRecipe, dump_recipe, load_recipe
@@ -30,13 +31,18 @@ class Finetuned:
     trained: bool
 
 
-load_dataset = task(cache_policy=NO_CACHE, persist_result=False)(dataset.load_dataset)
-
-
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="prepare_base {name}")
 def prepare_base(name: str, project: Project) -> BaseModel:
     with progress("base model") as report:
         return basemodel.resolve_base_model(name, project, report)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="check the rows of {recipe.name}")
+def load_dataset(recipe: FinetuneRecipe, base: BaseModel, project: Project) -> Dataset:
+    with progress("rows") as report:
+        rows = dataset.load_dataset(recipe.dataset, project, Deep(base.folder, recipe.training.max_length_tokens), report)
+    print("\n".join([*(f"warning: {warning}" for warning in rows.warnings), row_statistics.table(dict(rows.statistics))]), file=sys.stderr)
+    return rows
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="train {recipe.name}")
@@ -55,16 +61,18 @@ def register_adapter(recipe: FinetuneRecipe, inputs: Inputs, adapter: Adapter, r
 def finetune(recipe_path: str, force: bool = False) -> Finetuned:
     project = find_project()
     recipe = load_recipe(Path(recipe_path), FinetuneRecipe)
-    rows = load_dataset(recipe.dataset, project)
+    given = checked_rows(Path(recipe_path), recipe, project)
     base = prepare_base(recipe.base_model, project)
-    inputs = lineage.inputs_of(recipe, base, rows)
+    inputs = lineage.inputs_of(recipe, base, given)
     registered = Registry(registry.tracking_uri())
     with locked(project.runs / f"{recipe.name}-{inputs.digest[:16]}.lock", lambda: print(WAITING.format(recipe.name), file=sys.stderr)):
         if not force and (found := registered.trained(recipe.name, inputs.digest)):
             return Finetuned(found, trained=False)
+        rows = load_dataset(recipe, base, project)
         left = [] if force else [run_id for run_id in registered.unfinished(recipe.name, inputs.digest) if (project.runs / run_id).is_dir()]
-        params, tags = registry.flat(recipe.model_dump(mode="json")), lineage.lineage_of(recipe, inputs, project.root)
+        params, tags = registry.flat(recipe.model_dump(mode="json")), lineage.lineage_of(recipe, replace(inputs, rows=rows), project.root)
         with registered.run(recipe.name, params, tags, resume=next(iter(left), None)) as run:
+            run.log_metrics(0, rows.metrics())
             began = time.monotonic()
             adapter = train_adapter(recipe, base, rows, run, project)
             run.tag({"train_seconds": f"{time.monotonic() - began:.1f}", "digest": adapter.digest})

@@ -61,7 +61,7 @@ def quickstart(project: Project, finetune_recipe: Path, serving_recipe: Path, se
             if move_alias:
                 promote(version.name, version.version, [up.url])
         with _timed(seconds, "evaluation"):
-            questions = dataset.load_dataset(recipe.dataset, project).eval
+            questions = dataset.read_examples(project.resolve(recipe.dataset.eval), project, recipe.dataset.max_bad_rows)
             with progress("asking the base") as report:
                 base_answers = evaluate(up.url, serving.served_name, questions, report)
             with progress("asking the adapter") as report:

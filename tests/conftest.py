@@ -7,8 +7,10 @@ import numpy
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from pipeline.project import Project
+from pipeline.tinyglm import SPECIAL_TOKENS
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +36,21 @@ def write_image(path: Path, colour: tuple[int, int, int] = (200, 10, 10)) -> Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), colour).save(path)
     return path
+
+
+def write_counting_base(folder: Path) -> Path:
+    """What tokens are counted with: a tokenizer of single bytes with GLM's special tokens, and an image processor; nothing else of a base model."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=[*SPECIAL_TOKENS, "<|own|>"], initial_alphabet=alphabet, vocab_size=300, show_progress=False)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    images = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": {"shortest_edge": 56 * 56, "longest_edge": 4 * 112 * 112}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(images), "utf-8")
+    return folder
 
 
 def write_adapter(folder: Path, scale: float = 1.0, **config: object) -> Path:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from pipeline.project import Project
+from tests.conftest import ROOT, row, write_counting_base, write_image, write_rows
+from tests.test_dataset import SIX, six_faults
 
-HEAVY = ("torch", "vllm", "mlflow", "prefect", "swift", "transformers")
+HEAVY = ("torch", "vllm", "mlflow", "prefect", "swift", "transformers", "datasets", "tokenizers", "numpy", "PIL")
 
 
 def tuneserve(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -34,7 +36,7 @@ print([name for name in {HEAVY} if name in sys.modules])
 def test_shipped_recipes_pass_the_check() -> None:
     recipes = sorted(str(path) for path in (ROOT / "recipes").rglob("*.yaml"))
     done = tuneserve("check", "--json", *recipes)
-    assert json.loads(done.stdout) == {"ok": True, "errors": []}
+    assert json.loads(done.stdout) == {"ok": True, "errors": [], "warnings": []}
     assert done.returncode == 0
 
 
@@ -81,3 +83,66 @@ def test_a_wrong_invocation_exits_2_and_says_why(args: list[str], tmp_path: Path
 def test_down_with_nothing_running_says_so(tmp_path: Path) -> None:
     done = tuneserve("down", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "ended: nothing was running\n")
+
+
+def data_project(folder: Path) -> Path:
+    """A project with one finetune recipe over two rows; its base model is a folder with a tokenizer and an image processor."""
+    base = write_counting_base(folder / "base")
+    (base / "config.json").write_text("{}", "utf-8")
+    (base / "model.safetensors").write_bytes(b"")
+    write_image(folder / "a.png")
+    write_rows(folder / "t.jsonl", [row(), row("other", None)])
+    write_rows(folder / "e.jsonl", [row("held out", None)])
+    recipe = folder / "recipes" / "r.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("name: r\nbase_model: base\ndataset: {train: t.jsonl, eval: e.jsonl}\ntraining: {max_length_tokens: 60}\n", "utf-8")
+    return recipe
+
+
+def test_the_deep_check_prints_statistics(tmp_path: Path) -> None:
+    recipe = data_project(tmp_path)
+    done = tuneserve("check", "--deep", "--json", str(recipe), cwd=tmp_path)
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["ok"], answer["warnings"]) == (0, True, [])
+    train = answer["statistics"][str(recipe)]["train"]
+    assert (train["rows"], train["images"], train["image_tokens"]["total"], train["answer_tokens"]["max"]) == (2, 1, 4, len("Azul tote") + 1)
+    plain = tuneserve("check", "--deep", str(recipe), cwd=tmp_path)
+    assert plain.returncode == 0 and "tokens: mean / p95 / max" in plain.stdout and "1 recipe checked, no fault found" in plain.stdout
+
+
+def test_the_deep_check_needs_a_readable_base_and_says_what_else_is_wrong(tmp_path: Path) -> None:
+    recipe = data_project(tmp_path)
+    (tmp_path / "base" / "tokenizer.json").write_text("{}", "utf-8")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    done = tuneserve("check", "--deep", "--json", str(recipe), cwd=tmp_path)
+    errors = json.loads(done.stdout)["errors"]
+    assert done.returncode == 2
+    assert [(error["file"], error["path"]) for error in errors] == [(str(tmp_path / "base"), ""), ("t.jsonl", "row 1.images.0")]
+
+
+def test_train_says_all_that_is_wrong_with_the_rows_and_starts_nothing(tmp_path: Path) -> None:
+    recipe = data_project(tmp_path)
+    write_rows(tmp_path / "t.jsonl", [row(), row("long" * 20, None), row(image="none.png")])
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    for command in (["train"], ["check", "--deep"]):
+        done = tuneserve(*command, "--json", str(recipe), cwd=tmp_path)
+        errors = json.loads(done.stdout)["errors"]
+        assert done.returncode == 2
+        assert [error["path"] for error in errors] == ["row 1.images.0", "row 2", "row 3.images.0"], command
+        assert not (tmp_path / "mlruns").exists() and not (tmp_path / ".tuneserve" / "services").exists() and not (tmp_path / ".tuneserve" / "runs").exists()
+
+
+def test_warnings_do_not_fail_a_check(tmp_path: Path) -> None:
+    recipe = data_project(tmp_path)
+    write_rows(tmp_path / "t.jsonl", [row(), row()])
+    done = tuneserve("check", str(recipe), cwd=tmp_path)
+    assert done.returncode == 0 and "warning: t.jsonl: row 2: is also row 1" in done.stderr
+
+
+def test_six_faults_are_said_at_once_by_check_and_train(project: Project) -> None:
+    recipe = data_project(project.root)
+    six_faults(project)
+    for command in (["train"], ["check", "--deep"]):
+        done = tuneserve(*command, "--json", str(recipe), cwd=project.root)
+        assert done.returncode == 2
+        assert [(error["file"], error["path"]) for error in json.loads(done.stdout)["errors"]] == [(file, path) for file, path, _ in SIX], command

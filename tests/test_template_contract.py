@@ -1,6 +1,7 @@
 """Our chat template against ms-swift's own `glm4_5v`: the same conversation becomes the same tokens, images included."""
 
 import logging
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from PIL import Image
 
 from pipeline import tinyglm
 from pipeline.basemodel import TEMPLATE_FILE
+from pipeline.example import SWIFT_TAGS, read_example
+from pipeline.image_file import ImageTokens
+from pipeline.prompt import Task, read_counter
 
 pytestmark = pytest.mark.contract
 
@@ -46,29 +50,40 @@ def processor() -> Any:
 
 
 @pytest.fixture(scope="session")
-def swift_tokens(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Turns, bool], list[int]]:
-    """Token ids of a conversation as ms-swift trains on it (answer given) or asks it (no answer)."""
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> Path:
+    """The tiny model's folder without its weights."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny = tinyglm.make_processor(TEMPLATE_FILE.read_text("utf-8"))
-    tiny.save_pretrained(folder)
-    tinyglm.make_config(tiny.tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    tinyglm.make_config(processor.tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def swift_template(tiny_folder: Path) -> Any:
+    """ms-swift's own template in training, of the tiny model."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("HF_HUB_OFFLINE", "1")
         environment.setenv("USE_HF", "1")
         from swift.model import get_processor
         from swift.template import get_template
 
-        template = get_template(get_processor(str(folder), model_type="glm4v_moe", download_model=False), template_type="glm4_5v")
+        template = get_template(get_processor(str(tiny_folder), model_type="glm4v_moe", download_model=False), template_type="glm4_5v")
     logging.getLogger("swift").setLevel(logging.ERROR)
     template.set_mode("train")
+    return template
+
+
+@pytest.fixture(scope="session")
+def swift_tokens(swift_template: Any, processor: Any) -> Callable[[Turns, bool], list[int]]:
+    """Token ids of a conversation as ms-swift trains on it (answer given) or asks it (no answer)."""
 
     def tokens(turns: Turns, answered: bool) -> list[int]:
         images = sum(text.count("<image>") for _, text in turns)
         row = {"messages": [{"role": role, "content": text} for role, text in turns], "images": [_picture() for _ in range(images)]}
-        encoded = template.encode(row)
+        encoded = swift_template.encode(row)
         ids = list(encoded["input_ids"])
         if answered:
-            end = tiny.tokenizer.convert_tokens_to_ids("<|user|>")
+            end = processor.tokenizer.convert_tokens_to_ids("<|user|>")
             assert ids[-1] == end == encoded["labels"][-1], "training teaches the model to end with <|user|>"
             ids.pop()
         return ids
@@ -105,6 +120,58 @@ def test_tokens_equal_swifts_in_training(processor: Any, swift_tokens: Callable[
     prompt = _ours(processor, turns, True)[1]
     assert prompt == trained[: len(prompt)], "what is asked must be what was trained, up to the answer"
     assert processor.tokenizer.decode(trained[len(prompt) :]) == answer
+
+
+SIZES = [(56, 56), (8, 8), (1, 40), (57, 41), (300, 20), (224, 224), (1000, 500), (640, 480), (2000, 31), (33, 4100)]
+"""Width and height: smaller than a token, larger than the model looks at, long and thin."""
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("answer", ["Rubio tote", "1 tote\n", "\n\n 12345 \u732b\U0001f600 caf\u00e9\t", "<think>so\nit is</think>\nNoir"])
+def test_the_counted_length_is_swifts(tiny_folder: Path, swift_template: Any, turns: Turns, answer: str) -> None:
+    counter = read_counter(tiny_folder)
+    messages = [{"role": role, "content": text} for role, text in [*turns, ("assistant", answer)]]
+    images = sum(text.count("<image>") for _, text in turns)
+    for first in range(0, len(SIZES) if images else 1, max(1, images)):
+        sizes = tuple((SIZES * 2)[first : first + images])
+        row = {"messages": [dict(message) for message in messages], "images": [Image.new("RGB", size) for size in sizes]}
+        counted = counter.count(Task(tuple(messages), sizes, ""))
+        assert not isinstance(counted, str)
+        assert counted.row == len(swift_template.encode(row)["input_ids"]), sizes
+        assert counted.images == sum(counter.images.count(*size) for size in sizes)
+
+
+def test_the_longer_of_answer_and_rejected_answer_counts(tiny_folder: Path) -> None:
+    counter = read_counter(tiny_folder)
+    question, short, long = {"role": "user", "content": "Hi"}, "no", "no, not at all, never"
+    plain = counter.count(Task((question, {"role": "assistant", "content": long}), (), ""))
+    preferred = counter.count(Task((question, {"role": "assistant", "content": short}), (), long))
+    assert plain[0] == preferred[0] and plain[2] > preferred[2]
+
+
+def test_image_tokens_are_those_of_transformers() -> None:
+    """The full model's limits, with sizes drawn at random."""
+    from transformers.models.glm4v.image_processing_glm4v import smart_resize
+
+    dice = random.Random(4)
+    counted = ImageTokens(14, 2, 2, 112 * 112, 28 * 28 * 15000)
+    for _ in range(3000):
+        width, height = (int(10 ** dice.uniform(0, 4)) for _ in range(2))
+        if max(width, height) < 150 * min(width, height):
+            rows, columns = smart_resize(2, height, width, 2, 28, 112 * 112, 28 * 28 * 15000)
+            assert counted.count(width, height) == rows * columns // 28**2, (width, height)
+
+
+@pytest.mark.parametrize("tag", SWIFT_TAGS)
+def test_what_swift_may_replace_is_refused_in_rows(swift_template: Any, tag: str) -> None:
+    """And it does replace the rounds, whatever the text meant by them."""
+    from swift.template.base import Template
+
+    row = {"messages": [{"role": "user", "content": f"a {tag} b"}, {"role": "assistant", "content": "c"}]}
+    assert read_example(row, Path(), 1)[0] is None
+    trained = swift_template.tokenizer.decode(swift_template.encode({**row, "images": []})["input_ids"])
+    assert (tag in trained) == (not tag.startswith("{{"))
+    assert set(Template.special_tokens) - {"<image>"} <= set(SWIFT_TAGS), "a new tag of ms-swift's"
 
 
 def test_prompt_is_what_field_notes_say(processor: Any) -> None:

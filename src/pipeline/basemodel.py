@@ -152,6 +152,12 @@ def resolve_base_model(name: str, project: Project, report: Report | None = None
     return read_base_model(project.resolve(Path(name)), project.bases / "digests.json")
 
 
+def base_folder_at_hand(name: str, project: Project) -> Path | None:
+    """The folder of the base model that a recipe names, unchecked, if its tokenizer lies there already; nothing is made or hashed."""
+    folder = project.bases / f"tiny-{_tiny_digest()[:12]}" if name == TINY else project.resolve(Path(name))
+    return folder if (folder / "tokenizer.json").is_file() else None
+
+
 def _make_tiny(folder: Path, report: Report) -> None:
     """Build into a draft beside `folder`, which appears only when all is written. Runs under the lock, so every draft found is a dead build's."""
     from pipeline import tinyglm

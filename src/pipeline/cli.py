@@ -61,27 +61,39 @@ def _flow_servers(project: "Project") -> Iterator[tuple[str, str]]:
         yield urls
 
 
-@cli.command()
+@cli.command(short_help="Validate recipes and their data.")
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--deep", is_flag=True, help="Also decode every image, count every row's tokens and look for pictures that are in both splits.")
 @json_option
-def check(recipes: tuple[Path, ...], as_json: bool) -> None:
-    """Validate recipes and their data: no GPU, no network."""
-    from pipeline.dataset import check_files
+def check(recipes: tuple[Path, ...], deep: bool, as_json: bool) -> None:
+    """Validate recipes and their data: no GPU, no network. `train` checks as --deep does."""
+    from pipeline.preflight import check_recipe_and_rows
     from pipeline.project import find_project
-    from pipeline.recipe import check_recipe
+    from pipeline.row_statistics import table
 
+    project = find_project()
     faults: list[Fault] = []
+    warnings: list[Fault] = []
+    statistics: dict[str, Any] = {}
     for path in recipes:
-        found, files = check_recipe(path)
+        found, checked = check_recipe_and_rows(path, project, deep)
         faults += found
-        if files:
-            faults += check_files(files, path, find_project())
+        if checked:
+            faults += checked.faults
+            warnings += checked.warnings
+            statistics |= {str(path): checked.statistics} if checked.statistics else {}
+    faults, warnings = list(dict.fromkeys(faults)), list(dict.fromkeys(warnings))  # recipes may share their rows
     if as_json:
-        click.echo(json.dumps({"ok": not faults, "errors": [fault.as_dict() for fault in faults]}))
-    elif not faults:
-        click.echo(f"{len(recipes)} recipe{'s' if len(recipes) > 1 else ''} checked, no fault found")
+        answer: dict[str, Any] = {"ok": not faults, "errors": [fault.as_dict() for fault in faults], "warnings": [each.as_dict() for each in warnings]}
+        figures = {recipe: {name: split.as_dict() for name, split in splits.items()} for recipe, splits in statistics.items()}
+        click.echo(json.dumps(answer | ({"statistics": figures} if deep else {})))
     else:
-        click.echo("\n".join(str(fault) for fault in faults), err=True)
+        for line in [*(f"warning: {warning}" for warning in warnings), *map(str, faults)]:
+            click.echo(line, err=True)
+        if not faults:
+            for recipe, splits in statistics.items():
+                click.echo(f"{recipe}\n{table(splits)}")
+            click.echo(f"{len(recipes)} recipe{'s' if len(recipes) > 1 else ''} checked, no fault found")
     sys.exit(InvalidInput.exit_code if faults else 0)
 
 
@@ -98,7 +110,8 @@ def train(recipe: Path, force: bool, as_json: bool) -> None:
 
     load_recipe(recipe, FinetuneRecipe)  # a wrong recipe is refused before any server starts
     with _project() as project:
-        version = None if force else _trained_already(project, recipe)
+        version = _trained_already(project, recipe)  # refuses wrong rows before any server starts
+        version = None if force else version
         if trained := version is None:
             with _flow_servers(project):
                 from flows.finetune import finetune
@@ -119,12 +132,13 @@ def train(recipe: Path, force: bool, as_json: bool) -> None:
 
 def _trained_already(project: "Project", path: Path) -> "Version | None":
     """The version of the recipe's inputs, read from the registry without starting a server; None if there is none or it cannot be known so."""
-    from pipeline import basemodel, dataset, lineage, services
+    from pipeline import basemodel, lineage, services
+    from pipeline.preflight import checked_rows
     from pipeline.progress import progress
     from pipeline.recipe import FinetuneRecipe, load_recipe
 
     recipe = load_recipe(path, FinetuneRecipe)
-    rows = dataset.load_dataset(recipe.dataset, project)
+    rows = checked_rows(path, recipe, project)
     uri = services.registry_at_rest(project)
     if uri is None:
         return None

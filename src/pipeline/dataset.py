@@ -1,43 +1,34 @@
-"""Question-answer rows with images: read, check every row, digest by content, refuse overlap of training and held-out rows."""
+"""Question-answer rows with images: checked row by row, digested by content, held-out rows kept out of training."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Fault, InvalidInput
+from pipeline.example import IMAGE_TAG, Example
+from pipeline.progress import Report
 from pipeline.project import Project
 from pipeline.recipe import DatasetFiles
+from pipeline.row_statistics import SplitStatistics, lengths
+from pipeline.split import Split, read_split
 
-IMAGE_TAG = "<image>"
-ROLES = ("system", "user", "assistant")
-ROW_KEYS = {"messages", "images", "kind", "slice"}
-MAX_FAULTS = 50
-"""Shown per file; a file with more is wrong as a whole."""
+if TYPE_CHECKING:
+    from pipeline.inspection import Inspection
+
+__all__ = ["IMAGE_TAG", "Check", "Dataset", "Deep", "Example", "check_dataset", "load_dataset", "read_examples", "write_swift_rows"]
 
 
 @dataclass(frozen=True)
-class Example:
-    """One row: a conversation that ends with the answer to learn, and the images that its `<image>` tags stand for, in order."""
+class Deep:
+    """Asks for the deep check: every image decoded, every row's tokens counted."""
 
-    messages: tuple[dict[str, str], ...]
-    images: tuple[Path, ...]
-    kind: str = ""
-    """Kind of question; scores are reported per kind."""
-    slice: str = ""
-    """A part of the held-out rows whose score is reported on its own."""
-    row: int = 0
-    """Its line in the file, from 1."""
-
-    @property
-    def prompt(self) -> tuple[dict[str, str], ...]:
-        return self.messages[:-1]
-
-    @property
-    def answer(self) -> str:
-        return self.messages[-1]["content"]
+    base: Path | None
+    """The base model's folder; None leaves tokens uncounted."""
+    max_length_tokens: int
 
 
 @dataclass(frozen=True)
@@ -47,94 +38,147 @@ class Dataset:
     train: tuple[Example, ...]
     eval: tuple[Example, ...]
     digest: str
+    warnings: tuple[Fault, ...] = ()
+    statistics: tuple[tuple[str, SplitStatistics], ...] = ()
+    """Of each split by name; empty unless tokens were counted."""
+    dropped: tuple[int, int] = (0, 0)
+    """Bad rows left out of train and eval."""
+
+    def metrics(self) -> dict[str, float]:
+        """Its statistics as metrics of a run."""
+        return {key: value for name, split in self.statistics for key, value in split.metrics(name).items()}
 
 
-def load_dataset(files: DatasetFiles, project: Project) -> Dataset:
-    """Both splits of a recipe. Raises InvalidInput with a fault per bad row, or per held-out row that is also trained on."""
-    faults: list[Fault] = []
-    splits: list[tuple[Example, ...]] = []
-    for path in (project.resolve(files.train), project.resolve(files.eval)):
-        try:
-            splits.append(read_examples(path))
-        except InvalidInput as error:
-            faults += error.faults
-    if faults:
-        raise InvalidInput(faults)
-    train, held_out = splits
-    image_digests = {image: file_digest(image) for example in (*train, *held_out) for image in example.images}
-    digests = [[_example_digest(example, image_digests) for example in split] for split in splits]
-    trained = {digest: example.row for digest, example in zip(digests[0], train, strict=True)}
-    overlap = [
-        Fault(
-            str(files.eval), f"row {example.row}", f"is also row {trained[digest]} of {files.train}; held-out rows must not be trained on: remove one of them"
+@dataclass(frozen=True)
+class Check:
+    """What a check found. With no faults the rows are fit to be trained on, as far as was looked."""
+
+    train: tuple[Example, ...]
+    eval: tuple[Example, ...]
+    faults: tuple[Fault, ...]
+    """At most MAX_FAULTS and their count for each file."""
+    warnings: tuple[Fault, ...]
+    statistics: dict[str, SplitStatistics]
+    dropped: tuple[int, int]
+    image_digests: dict[Path, str]
+    """SHA-256 of image files, as far as they were read."""
+
+
+def _quiet(text: str, fraction: float) -> None:
+    pass
+
+
+def load_dataset(files: DatasetFiles, project: Project, deep: Deep | None = None, report: Report = _quiet, recipe: Path | None = None) -> Dataset:
+    """Both splits of a recipe. Raises InvalidInput with every fault that `check_dataset` finds."""
+    check = check_dataset(files, project, deep, report, recipe)
+    if check.faults:
+        raise InvalidInput(check.faults)
+    digest_of = _ImageDigests(check.image_digests)
+    digests = [[_example_digest(example, digest_of) for example in split] for split in (check.train, check.eval)]
+    digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    return Dataset(check.train, check.eval, digest, check.warnings, tuple(check.statistics.items()), check.dropped)
+
+
+def read_examples(path: Path, project: Project, max_bad_rows: int = 0) -> tuple[Example, ...]:
+    """The rows of one file or folder, checked without opening an image. Raises InvalidInput with row numbers (from 1) and reasons."""
+    split = read_split(path, project)
+    split.settle(max_bad_rows)
+    if split.faults:
+        raise InvalidInput(split.shown_faults())
+    return tuple(split.examples)
+
+
+def check_dataset(files: DatasetFiles, project: Project, deep: Deep | None = None, report: Report = _quiet, recipe: Path | None = None) -> Check:
+    """Everything wrong or doubtful with a recipe's rows, at once: one fault per cause.
+
+    Without `deep` no image is opened but those of rows that may be equal. A missing file is a fault of `recipe`, if given, by its key there."""
+    train, held_out = splits = tuple(_read(files, key, project, recipe) for key in ("train", "eval"))
+    inspection = _inspect(splits, deep, report) if deep else None
+    digest_of = _ImageDigests({path: look.digest for path, look in inspection.looks.items() if not look.fault} if inspection else {})
+    _refuse_overlap(train, held_out, digest_of)
+    if inspection:
+        from pipeline.inspection import warn_of_images
+
+        warn_of_images(train, held_out, inspection.looks)
+    for split in splits:
+        split.settle(files.max_bad_rows)
+    return Check(
+        tuple(train.examples),
+        tuple(held_out.examples),
+        (*(inspection.faults if inspection else ()), *(fault for split in splits for fault in split.shown_faults())),
+        tuple(warning for split in splits for warning in split.warnings),
+        {name: _statistics(split, inspection) for name, split in zip(("train", "eval"), splits, strict=True)} if inspection and inspection.tokens else {},
+        (train.dropped, held_out.dropped),
+        digest_of.known,
+    )
+
+
+def _read(files: DatasetFiles, key: str, project: Project, recipe: Path | None) -> Split:
+    given: Path = getattr(files, key)
+    path = project.resolve(given)
+    if not path.exists():
+        message = f"{given} does not exist below {project.root}; correct the path"
+        return Split(path, project.relative(path), faults=[Fault(str(recipe) if recipe else project.relative(path), f"dataset.{key}", message)])
+    if key == "eval" and path.resolve() == project.resolve(files.train).resolve():
+        return Split(path, project.relative(path), faults=[Fault(project.relative(path), "", "is the training file too; held-out rows must not be trained on")])
+    return read_split(path, project)
+
+
+def _inspect(splits: Sequence[Split], deep: Deep, report: Report) -> "Inspection":
+    from pipeline.inspection import inspect  # numpy, PIL and the tokenizer
+
+    return inspect(splits, deep.base, deep.max_length_tokens, report)
+
+
+class _ImageDigests:
+    """SHA-256 of image files, each read once."""
+
+    def __init__(self, known: dict[Path, str]) -> None:
+        self.known = known
+
+    def __call__(self, image: Path) -> str:
+        if image not in self.known:
+            self.known[image] = file_digest(image)
+        return self.known[image]
+
+
+def _refuse_overlap(train: Split, held_out: Split, digest_of: Callable[[Path], str]) -> None:
+    """Held-out rows that are also trained on are faults; rows that stand twice in one split are warnings."""
+    keys = _keys_of_equals([*train.examples, *held_out.examples], digest_of)
+    first_trained, twice_trained = _first_and_again(train.examples, keys)
+    _, twice_judged = _first_and_again(held_out.examples, keys[len(train.examples) :])
+    train.warn((f"row {row}", f"is also row {first}: it is trained on twice; remove one") for row, first in twice_trained)
+    held_out.warn((f"row {row}", f"is also row {first}: it counts twice; remove one") for row, first in twice_judged)
+    held_out.trained = {
+        example.row: [("", f"is also row {first_trained[key]} of {train.label}; held-out rows must not be trained on: remove one of them")]
+        for example, key in zip(held_out.examples, keys[len(train.examples) :], strict=True)
+        if key in first_trained
+    }
+
+
+def _first_and_again(examples: Sequence[Example], keys: Iterable[str]) -> tuple[dict[str, int], list[tuple[int, int]]]:
+    """The first row of each key, and every later row of it with that first one."""
+    first: dict[str, int] = {}
+    again: list[tuple[int, int]] = []
+    for example, key in zip(examples, keys, strict=False):
+        if key and key in first:
+            again.append((example.row, first[key]))
+        elif key:
+            first[key] = example.row
+    return first, again
+
+
+def _keys_of_equals(examples: Sequence[Example], digest_of: Callable[[Path], str]) -> list[str]:
+    """A digest of text and images for each row that may equal another, '' for one that cannot: only images of equal size under equal text are read."""
+    sizes: dict[Path, int] = {}
+    rough: list[tuple[Any, ...]] = []
+    for example in examples:
+        sizes |= {image: image.stat().st_size for image in example.images if image not in sizes}
+        rough.append(
+            (*(message["content"] for message in example.messages), *(message["role"] for message in example.messages), *map(sizes.get, example.images))
         )
-        for digest, example in zip(digests[1], held_out, strict=True)
-        if digest in trained
-    ]
-    if overlap:
-        raise InvalidInput(overlap[:MAX_FAULTS])
-    return Dataset(train, held_out, hashlib.sha256(json.dumps(digests).encode()).hexdigest())
-
-
-def read_examples(path: Path) -> tuple[Example, ...]:
-    """The rows of one JSONL file. Raises InvalidInput with row numbers (from 1) and reasons."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InvalidInput([Fault(str(path), "", f"cannot be read ({error.strerror}); give a JSONL file")]) from error
-    faults: list[Fault] = []
-    examples: list[Example] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            faults.append(Fault(str(path), f"row {number}", f"is not JSON in UTF-8 ({error})"))
-            continue
-        found = _row_faults(row, path.parent)
-        faults += [Fault(str(path), f"row {number}{where}", message) for where, message in found]
-        if not found:
-            messages = tuple({"role": message["role"], "content": message["content"]} for message in row["messages"])
-            images = tuple(path.parent / image for image in row.get("images", ()))
-            examples.append(Example(messages, images, row.get("kind", ""), row.get("slice", ""), number))
-    if not examples and not faults:
-        faults.append(Fault(str(path), "", "holds no rows"))
-    if faults:
-        more = [Fault(str(path), "", f"and {len(faults) - MAX_FAULTS} more faults")] if len(faults) > MAX_FAULTS else []
-        raise InvalidInput([*faults[:MAX_FAULTS], *more])
-    return tuple(examples)
-
-
-def _row_faults(row: Any, folder: Path) -> list[tuple[str, str]]:
-    """What is wrong with one row: (where inside the row, message)."""
-    if not isinstance(row, dict):
-        return [("", "is not an object with `messages` and `images`")]
-    faults = [(f".{key}", "unknown key; a row has messages, images, kind, slice") for key in row.keys() - ROW_KEYS]
-    faults += [(f".{key}", "must be a string") for key in ("kind", "slice") if not isinstance(row.get(key, ""), str)]
-    messages, images = row.get("messages"), row.get("images", [])
-    if not _is_list_of(messages, dict) or not messages:
-        return [*faults, (".messages", "must be a list of {role, content} that ends with the assistant's answer")]
-    for index, message in enumerate(messages):
-        if message.get("role") not in ROLES:
-            faults.append((f".messages.{index}.role", f"{message.get('role')!r} is not one of {', '.join(ROLES)}"))
-        if not isinstance(message.get("content"), str) or not message["content"]:
-            faults.append((f".messages.{index}.content", "must be a non-empty string"))
-    if faults:
-        return faults
-    if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        faults.append((".messages", "must ask something and end with the assistant's answer"))
-    if not _is_list_of(images, str):
-        return [*faults, (".images", "must be a list of paths relative to the file")]
-    tags = sum(message["content"].count(IMAGE_TAG) for message in messages)
-    if tags != len(images):
-        faults.append((".images", f"{len(images)} images for {tags} {IMAGE_TAG} tags; every tag stands for one image"))
-    faults += [(f".images.{index}", f"{image} does not exist") for index, image in enumerate(images) if not (folder / image).is_file()]
-    return faults
-
-
-def _is_list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+    counts = Counter(rough)
+    return [_content_digest(example, digest_of) if counts[key] > 1 else "" for example, key in zip(examples, rough, strict=True)]
 
 
 def file_digest(path: Path) -> str:
@@ -143,28 +187,33 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _example_digest(example: Example, image_digests: dict[Path, str]) -> str:
-    content = [example.messages, [image_digests[image] for image in example.images]]
+def _content_digest(example: Example, digest_of: Callable[[Path], str], *more: str) -> str:
+    content = [example.messages, [digest_of(image) for image in example.images], *more]
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
+def _example_digest(example: Example, digest_of: Callable[[Path], str]) -> str:
+    more = [example.rejected] if example.rejected or example.weight != 1 else []
+    return _content_digest(example, digest_of, *more, *([str(example.weight)] if example.weight != 1 else []))
+
+
+def _statistics(split: Split, inspection: "Inspection") -> SplitStatistics:
+    counted = [inspection.tokens[split.label, example.row] for example in split.examples]
+    images = {inspection.looks[image].digest for example in split.examples for image in example.images}
+    columns = ([row[column] for row in counted] for column in range(3))
+    return SplitStatistics(len(counted), split.dropped, len(images), *map(lengths, columns))
+
+
 def write_swift_rows(examples: Sequence[Example], path: Path) -> None:
-    """Writes rows as ms-swift reads them: absolute image paths, nothing but messages and images."""
+    """Writes rows as ms-swift reads them: absolute image paths, nothing but messages, images, rejected answers and the weight of the answers' loss."""
     with path.open("w", encoding="utf-8") as file:
         for example in examples:
-            row = {"messages": example.messages, "images": [str(image.absolute()) for image in example.images]}
+            row: dict[str, Any] = {"messages": _weighted(example), "images": [str(image.absolute()) for image in example.images]}
+            if example.rejected:
+                row["rejected_response"] = example.rejected
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def check_files(files: DatasetFiles, recipe: Path, project: Project) -> list[Fault]:
-    """What a recipe's dataset files lack, without opening an image: a missing file by its key in the recipe, bad rows by their number."""
-    faults: list[Fault] = []
-    for key, path in (("dataset.train", files.train), ("dataset.eval", files.eval)):
-        if not project.resolve(path).is_file():
-            faults.append(Fault(str(recipe), key, f"{path} does not exist below {project.root}; correct the path"))
-            continue
-        try:
-            read_examples(project.resolve(path))
-        except InvalidInput as error:
-            faults += error.faults
-    return faults
+def _weighted(example: Example) -> list[dict[str, Any]]:
+    weight = {"loss_scale": example.weight} if example.weight != 1 else {}
+    return [message | (weight if message["role"] == "assistant" else {}) for message in example.messages]

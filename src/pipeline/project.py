@@ -41,6 +41,11 @@ class Project:
         """What is running: a record and a lease per server."""
         return self.state / "services"
 
+    @property
+    def images(self) -> Path:
+        """Pictures that lay inside a table of rows, named by the digest of their bytes."""
+        return self.state / "cache" / "images"
+
     def resolve(self, path: Path) -> Path:
         """`path` itself if absolute, else below the project."""
         return path if path.is_absolute() else self.root / path

@@ -48,11 +48,13 @@ class Section(BaseModel):
 
 
 class DatasetFiles(Section):
-    """Question-answer rows: JSONL with `messages` and `images` (image paths relative to the file)."""
+    """Question-answer rows: .jsonl, .json, .csv, .parquet or a Hugging Face dataset folder each (image paths relative to the file)."""
 
     train: Path
     eval: Path
     """Held-out rows; never trained on."""
+    max_bad_rows: Annotated[int, Field(ge=0)] = 0
+    """Bad rows that may be left out of each file; they are reported, and more than these fail. Held-out rows in train always fail."""
 
 
 class Lora(Section):
@@ -128,6 +130,8 @@ class Training(Section):
     """Less memory for about a third more time."""
     packing: bool = False
     """Fills each row of a batch up to max_length_tokens with several short ones: no padding. Needs device cuda and flash attention."""
+    row_weights: bool = False
+    """Rows' `weight` multiplies the loss of their answers; without this a row that has one is an error."""
     attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """flash_attention_* need the package flash-attn, which our lock does not hold."""
     checkpoint_steps: Annotated[int, Field(ge=1)] = 50

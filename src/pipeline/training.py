@@ -97,6 +97,8 @@ def swift_args(recipe: FinetuneRecipe, base: Path, train_file: Path, output: Pat
         args |= {"split_dataset_ratio": stopping.validation_share, "eval_strategy": "steps", "eval_steps": training.checkpoint_steps}
         args |= {"per_device_eval_batch_size": training.micro_batch_size, "metric_for_best_model": "loss", "greater_is_better": False}
         args |= {"callbacks": ["early_stop"], "early_stop_interval": stopping.patience_checkpoints}
+    if training.row_weights:
+        args["is_binary_loss_scale"] = False
     if recipe.quantization:
         args |= {"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": recipe.quantization, "bnb_4bit_compute_dtype": training.precision}
     if training.device == "cpu":
