@@ -81,3 +81,36 @@ def test_a_wrong_invocation_exits_2_and_says_why(args: list[str], tmp_path: Path
 def test_down_with_nothing_running_says_so(tmp_path: Path) -> None:
     done = tuneserve("down", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "ended: nothing was running\n")
+
+
+def test_gc_lists_first_and_removes_only_when_told(tmp_path: Path) -> None:
+    stale = tmp_path / ".tuneserve/cache/vllm/compiled"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"x" * 5000)
+    done = tuneserve("gc", "--json", cwd=tmp_path)
+    answer = json.loads(done.stdout)
+    (entry,) = (entry for entry in answer["entries"] if entry["removable"])
+    assert done.returncode == 0 and entry["path"] == ".tuneserve/cache/vllm" and stale.exists() and answer["removable_bytes"] == entry["size_bytes"] >= 5000
+    assert "tuneserve gc --delete" in tuneserve("gc", cwd=tmp_path).stdout
+    done = tuneserve("gc", "--delete", "--json", cwd=tmp_path)
+    answer = json.loads(done.stdout)
+    assert done.returncode == 0 and answer["removed"] == [".tuneserve/cache/vllm"] and answer["freed_bytes"] >= 5000 and not stale.exists()
+    lines = [json.loads(line) for line in (tmp_path / ".tuneserve/logs/tuneserve.jsonl").read_text("utf-8").splitlines()]
+    assert [(line["event"], line["command"]) for line in lines] == [("command started", "gc"), ("command ended", "gc")] * 3
+    assert lines[-1]["exit_code"] == 0
+
+
+def test_gc_outside_a_project_makes_nothing(tmp_path: Path) -> None:
+    done = tuneserve("gc", cwd=tmp_path)
+    assert done.returncode == 1 and "run this in your project's folder" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_failed_command_is_in_the_journal_without_its_faults_text(tmp_path: Path) -> None:
+    (tmp_path / ".tuneserve/services").mkdir(parents=True)
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": "sqlite:///x", "PREFECT_API_URL": "http://me:secret@127.0.0.1:9/api"}
+    done = subprocess.run([sys.executable, "-m", "pipeline.cli", "promote", "shop"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    text = (tmp_path / ".tuneserve/logs/tuneserve.jsonl").read_text("utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert done.returncode == 1 and "secret" not in text
+    assert [line["event"] for line in lines] == ["command started", "stage started", "stage failed", "command failed", "command ended"]
+    assert (lines[-2]["error"], lines[-1]["exit_code"]) == ("ServingError", 1)

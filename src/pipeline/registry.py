@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
@@ -26,6 +27,7 @@ AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 """MLflow's error codes when its server cannot be reached or fails; every other one is a refusal for good."""
 BATCH = 100
 """Metrics and tags in one request; MLflow takes at most 100 tags."""
+RUN_ID = re.compile(r"\b[0-9a-f]{32}\b")
 RETRY_SECONDS = 2.0
 REGISTER_SECONDS = 600.0
 """How long a trained adapter waits for MLflow to come back."""
@@ -46,6 +48,15 @@ class Version:
     @property
     def label(self) -> str:
         return f"{self.name}/{self.version}"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version's entry as it stands, ours or not: its name/number, its tag for the adapter's digest, and every run that it names."""
+
+    label: str
+    digest: str | None
+    run_ids: frozenset[str]
 
 
 class Registry:
@@ -165,6 +176,36 @@ class Registry:
         """Writes on a version which one was champion before it: MLflow keeps no history of aliases."""
         with _translated(self.uri):
             self.client.set_model_version_tag(version.name, version.version, PREVIOUS_TAG, previous or "none")
+
+    def registered(self) -> list[Registered]:
+        """Every version of every model, whoever registered it."""
+        found: list[Registered] = []
+        page: str | None = None
+        with _translated(self.uri):
+            while page != "":
+                versions = self.client.search_model_versions(max_results=1000, page_token=page)
+                for entry in versions:
+                    runs = {entry.run_id or "", *RUN_ID.findall(entry.source or "")} - {""}
+                    found.append(Registered(f"{entry.name}/{entry.version}", entry.tags.get(DIGEST_TAG), frozenset(runs)))
+                page = versions.token or ""
+        return found
+
+    def is_gone(self, run_id: str) -> bool:
+        """Whether there is no such run, or it was deleted."""
+        try:
+            with _translated(self.uri):
+                return str(self.client.get_run(run_id).info.lifecycle_stage) == LifecycleStage.DELETED
+        except RegistryError as error:
+            cause = error.__cause__
+            if isinstance(cause, MlflowException) and cause.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                return True
+            raise
+
+    def holds_adapter(self, run_id: str) -> bool:
+        """Whether the run's artifacts hold an adapter, every file of it."""
+        with _translated(self.uri):
+            names = {entry.path.rpartition("/")[2] for entry in self.client.list_artifacts(run_id, ARTIFACT_FOLDER) if entry.file_size}
+        return names >= set(ADAPTER_FILES)
 
 
 class TrainingRun:
