@@ -4,6 +4,7 @@ Links are neither followed nor removed. A folder is renamed before it is emptied
 """
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from pipeline.serving.local_adapters import UNFINISHED
 from pipeline.serving.settings import SETTINGS_VARIABLE
 
 BASES, CACHES, RUNS, LOGS, SERVED, ARTIFACTS = CATEGORIES = ("bases", "caches", "runs", "logs", "served adapters", "registry artifacts")
+logger = logging.getLogger(__name__)
 GONE = ".gone-"
 """What a name starts with once its folder is being removed."""
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -198,6 +200,7 @@ def remove(project: Project, entries: Iterable[Entry]) -> Removal:
             except OSError as error:
                 left[entry.path] = str(error)
                 continue
+        logger.info("removed", extra={"path": project.relative(entry.path), "what": entry.what, "freed_bytes": entry.size_bytes})
         removed.append(entry.path)
         freed_bytes += entry.size_bytes
     return Removal(tuple(removed), freed_bytes, left)
@@ -331,12 +334,14 @@ def _judge_run(
         return Verdict("a training", False, "it began just now")
     what = "a training that ended without a version" + (", with its adapter" if (path / "adapter").is_dir() else "")
     if age_days < older_than_days:
-        return Verdict(what, False, f"`tuneserve train` can go on from it until it is {older_than_days:g} days old")
+        return Verdict(what, False, f"`tuneserve train` may go on from it; it is kept until it is {older_than_days:g} days old")
     idle = _unlocked(locks)
     return Verdict(what, idle, f"untouched for {older_than_days:g} days or more" if idle else "a command trains, and may go on from it", locks)
 
 
 def _judge_log(project: Project, path: Path, going: set[str]) -> Verdict | None:
+    if path.name.startswith("."):
+        return None
     if path.name.endswith(".log.1"):
         return Verdict("the log of an earlier start", True, "a newer one took its place")
     if training := TRAINING_LOG.fullmatch(path.name):
