@@ -101,6 +101,19 @@ def test_gc_lists_first_and_removes_only_when_told(tmp_path: Path) -> None:
     assert lines[-2]["path"] == ".tuneserve/cache/vllm" and lines[-1]["exit_code"] == 0
 
 
+@pytest.mark.parametrize(("tracking_uri", "why"), [("http://127.0.0.1:9", "cannot be asked"), (None, "mlflow.db")])
+def test_gc_without_its_registry_still_lists_and_leaves_what_it_cannot_judge(tmp_path: Path, tracking_uri: str | None, why: str) -> None:
+    (tmp_path / ".tuneserve/runs" / ("a" * 32)).mkdir(parents=True)
+    (tmp_path / ".tuneserve/cache/vllm").mkdir(parents=True)
+    unset = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    environment = unset | ({"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"} if tracking_uri else {})
+    command = [sys.executable, "-m", "pipeline.cli", "gc", "--delete", "--older-than", "0", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    entries = {entry["category"]: entry for entry in json.loads(done.stdout)["entries"]}
+    assert done.returncode == 0 and not entries["runs"]["removable"] and why in entries["runs"]["reason"]
+    assert entries["caches"]["removable"] and not (tmp_path / ".tuneserve/cache/vllm").exists() and (tmp_path / ".tuneserve/runs" / ("a" * 32)).is_dir()
+
+
 def test_gc_outside_a_project_makes_nothing(tmp_path: Path) -> None:
     done = tuneserve("gc", cwd=tmp_path)
     assert done.returncode == 1 and "run this in your project's folder" in done.stderr and not list(tmp_path.iterdir())

@@ -96,7 +96,6 @@ class JournalFile(RotatingFileHandler):
     """A bounded file that several processes append to: one writes or rotates at a time. A journal that cannot be written stops nobody."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._complained = path, False
         super().__init__(path, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8", delay=True)
 
