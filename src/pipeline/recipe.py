@@ -28,8 +28,8 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Gives the same adapter keys with every version of transformers and peft that was tried, and is what a small server wraps."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+class Section(BaseModel, use_attribute_docstrings=True):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def broken_relations(self) -> Iterator[str]:
         """What does not hold between this section's fields, each as `field: message`."""
