@@ -303,6 +303,7 @@ def main() -> NoReturn:
     """Runs a command; turns every expected failure into one message and its exit code."""
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
+    logging.getLogger("pipeline").addHandler(logging.NullHandler())  # until the journal is open; else logging itself prints warnings
     began, code = time.monotonic(), 1
     try:
         code = _run()

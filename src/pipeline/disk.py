@@ -150,37 +150,24 @@ def survey(project: Project, known: Known | None, *, unknown: str, artifacts_our
     `artifacts_ours`: the registry's files lie in this project's mlruns/. An unfinished training is kept until it is `older_than_days` old.
     """
     active = activity(project)
-
-    def of_bases(path: Path, _: float) -> Verdict | None:
-        return _judge_base(project, path, active)
-
-    def of_caches(path: Path, _: float) -> Verdict:
-        return Verdict(f"cache of {path.name}", not active.text, active.text or "filled again when needed")
-
-    def of_runs(path: Path, age_days: float) -> Verdict | None:
-        return _judge_run(path, age_days, known, unknown, active, older_than_days, training_locks)
-
     training_locks = tuple(project.runs.glob("*.lock"))  # of commands that train; which of them goes on with which run, only they know
-    runs = list(_entries(project, RUNS, _listing(project, project.runs), of_runs))
+    runs = list(
+        _entries(
+            RUNS,
+            _listing(project, project.runs),
+            lambda path, age_days: _judge_run(path, age_days, known, unknown, active, older_than_days, training_locks),
+        )
+    )
     going = {entry.path.name for entry in runs if entry.removable}
-
-    def of_logs(path: Path, _: float) -> Verdict | None:
-        return _judge_log(project, path, going)
-
-    def of_served(path: Path, _: float) -> Verdict | None:
-        return _judge_served(project, path, known, unknown, active)
-
-    def of_artifacts(path: Path, _: float) -> Verdict:
-        return _judge_artifacts(path, known if artifacts_ours else None, unknown)
-
     served = [path for folder in _served_folders(project) for path in _listing(project, folder)]
+    artifacts_known = known if artifacts_ours else None
     found = [
-        *_entries(project, BASES, _listing(project, project.bases), of_bases),
-        *_entries(project, CACHES, _listing(project, project.state / "cache"), of_caches),
+        *_entries(BASES, _listing(project, project.bases), lambda path, _: _judge_base(project, path, active)),
+        *_entries(CACHES, _listing(project, project.state / "cache"), lambda path, _: _judge_cache(path, active)),
         *runs,
-        *_entries(project, LOGS, _listing(project, project.logs), of_logs),
-        *_entries(project, SERVED, served, of_served),
-        *_entries(project, ARTIFACTS, _artifact_folders(project), of_artifacts),
+        *_entries(LOGS, _listing(project, project.logs), lambda path, _: _judge_log(project, path, going)),
+        *_entries(SERVED, served, lambda path, _: _judge_served(project, path, known, unknown, active)),
+        *_entries(ARTIFACTS, _artifact_folders(project), lambda path, _: _judge_artifacts(path, artifacts_known, unknown)),
     ]
     return sorted(found, key=lambda entry: (CATEGORIES.index(entry.category), -entry.size_bytes, entry.path))
 
@@ -269,7 +256,7 @@ def _artifact_folders(project: Project) -> list[Path]:
     return [path for experiment in experiments for path in ([experiment] if experiment.is_symlink() else _listing(project, experiment))]
 
 
-def _entries(project: Project, category: str, paths: Iterable[Path], judge: Callable[[Path, float], Verdict | None]) -> Iterator[Entry]:
+def _entries(category: str, paths: Iterable[Path], judge: Callable[[Path, float], Verdict | None]) -> Iterator[Entry]:
     """An entry for each of `paths` on which `judge`, given the path and its age in days, has a verdict."""
     now = time.time()
     for path in paths:
@@ -314,6 +301,10 @@ def _judge_base(project: Project, path: Path, active: Activity) -> Verdict | Non
     if path.name == tiny_name():
         return Verdict("the tiny GLM-4.5V", False, "what `tiny` means now; making it again takes minutes")
     return Verdict("tiny GLM-4.5V of other sources or libraries", not active.text, active.text or "`tiny` means another one now", lock)
+
+
+def _judge_cache(path: Path, active: Activity) -> Verdict:
+    return Verdict(f"cache of {path.name}", not active.text, active.text or "filled again when needed")
 
 
 def _judge_run(
