@@ -9,7 +9,7 @@ SOURCES := src flows tests
 # Python writes no bytecode if this is set, and then every import of torch or vLLM takes a minute.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup quickstart test test-fast test-contract test-e2e acceptance check format lock clean
+.PHONY: setup quickstart test test-fast test-contract test-e2e acceptance check format schema lock clean
 
 setup: $(READY)
 
@@ -48,6 +48,10 @@ check: setup
 format: setup
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+
+# The JSON Schemas that recipes point editors to; a test says when they are out of date.
+schema: setup
+	$(BIN)/python -m pipeline.schema recipes
 
 lock: setup
 	for extra in cpu gpu; do $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \

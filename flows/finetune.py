@@ -1,5 +1,6 @@
 """recipe -> base, dataset -> adapter -> registered version. `tuneserve train RECIPE` runs it."""
 
+import logging
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -8,18 +9,19 @@ from pathlib import Path
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from pipeline import basemodel, dataset, lineage, registry, row_statistics, training
+from pipeline import basemodel, dataset, journal, lineage, registry, row_statistics, training
 from pipeline.adapter import Adapter
 from pipeline.basemodel import BaseModel
 from pipeline.dataset import Dataset, Deep
 from pipeline.lineage import Inputs
-from pipeline.process import locked
 from pipeline.preflight import checked_rows
+from pipeline.process import locked
 from pipeline.progress import progress
 from pipeline.project import Project, find_project
 from pipeline.recipe import FinetuneRecipe, dump_recipe, load_recipe
 from pipeline.registry import Registry, TrainingRun, Version
 
+logger = logging.getLogger(__name__)
 WAITING = "another tuneserve trains {} from the same inputs; waiting for its version"
 
 
@@ -67,11 +69,12 @@ def finetune(recipe_path: str, force: bool = False) -> Finetuned:
     registered = Registry(registry.tracking_uri())
     with locked(project.runs / f"{recipe.name}-{inputs.digest[:16]}.lock", lambda: print(WAITING.format(recipe.name), file=sys.stderr)):
         if not force and (found := registered.trained(recipe.name, inputs.digest)):
+            logger.info("nothing to train", extra={"model": found.name, "version": found.version, "digest": found.digest})
             return Finetuned(found, trained=False)
         rows = load_dataset(recipe, base, project)
         left = [] if force else [run_id for run_id in registered.unfinished(recipe.name, inputs.digest) if (project.runs / run_id).is_dir()]
         params, tags = registry.flat(recipe.model_dump(mode="json")), lineage.lineage_of(recipe, replace(inputs, rows=rows), project.root)
-        with registered.run(recipe.name, params, tags, resume=next(iter(left), None)) as run:
+        with registered.run(recipe.name, params, tags, resume=next(iter(left), None)) as run, journal.about(run_id=run.run_id, model=recipe.name):
             run.log_metrics(0, rows.metrics())
             began = time.monotonic()
             adapter = train_adapter(recipe, base, rows, run, project)

@@ -76,7 +76,7 @@ def test_check_finds_exactly_what_is_wrong(tmp_path: Path) -> None:
 def test_a_wrong_invocation_exits_2_and_says_why(args: list[str], tmp_path: Path) -> None:
     done = tuneserve(*args, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr and "Traceback" not in done.stderr
+    assert done.stderr and "Traceback" not in done.stderr and "command failed" not in done.stderr
     assert not (tmp_path / ".tuneserve").exists()
 
 
@@ -146,3 +146,50 @@ def test_six_faults_are_said_at_once_by_check_and_train(project: Project) -> Non
         done = tuneserve(*command, "--json", str(recipe), cwd=project.root)
         assert done.returncode == 2
         assert [(error["file"], error["path"]) for error in json.loads(done.stdout)["errors"]] == [(file, path) for file, path, _ in SIX], command
+
+
+def test_gc_lists_first_and_removes_only_when_told(tmp_path: Path) -> None:
+    stale = tmp_path / ".tuneserve/cache/vllm/compiled"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"x" * 5000)
+    done = tuneserve("gc", "--json", cwd=tmp_path)
+    answer = json.loads(done.stdout)
+    (entry,) = (entry for entry in answer["entries"] if entry["removable"])
+    assert done.returncode == 0 and entry["path"] == ".tuneserve/cache/vllm" and stale.exists() and answer["removable_bytes"] == entry["size_bytes"] >= 5000
+    assert "tuneserve gc --delete" in tuneserve("gc", cwd=tmp_path).stdout
+    done = tuneserve("gc", "--delete", "--json", cwd=tmp_path)
+    answer = json.loads(done.stdout)
+    assert done.returncode == 0 and answer["removed"] == [".tuneserve/cache/vllm"] and answer["freed_bytes"] >= 5000 and not stale.exists()
+    lines = [json.loads(line) for line in (tmp_path / ".tuneserve/logs/tuneserve.jsonl").read_text("utf-8").splitlines()]
+    assert {line["command"] for line in lines} == {"gc"}
+    assert [line["event"] for line in lines] == [*["command started", "command ended"] * 2, "command started", "removed", "command ended"]
+    assert lines[-2]["path"] == ".tuneserve/cache/vllm" and lines[-1]["exit_code"] == 0
+
+
+@pytest.mark.parametrize(("tracking_uri", "why"), [("http://127.0.0.1:9", "cannot be asked"), (None, "mlflow.db")])
+def test_gc_without_its_registry_still_lists_and_leaves_what_it_cannot_judge(tmp_path: Path, tracking_uri: str | None, why: str) -> None:
+    (tmp_path / ".tuneserve/runs" / ("a" * 32)).mkdir(parents=True)
+    (tmp_path / ".tuneserve/cache/vllm").mkdir(parents=True)
+    unset = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    environment = unset | ({"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"} if tracking_uri else {})
+    command = [sys.executable, "-m", "pipeline.cli", "gc", "--delete", "--older-than", "0", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    entries = {entry["category"]: entry for entry in json.loads(done.stdout)["entries"]}
+    assert done.returncode == 0 and not entries["runs"]["removable"] and why in entries["runs"]["reason"]
+    assert entries["caches"]["removable"] and not (tmp_path / ".tuneserve/cache/vllm").exists() and (tmp_path / ".tuneserve/runs" / ("a" * 32)).is_dir()
+
+
+def test_gc_outside_a_project_makes_nothing(tmp_path: Path) -> None:
+    done = tuneserve("gc", cwd=tmp_path)
+    assert done.returncode == 1 and "run this in your project's folder" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_failed_command_is_in_the_journal_without_its_faults_text(tmp_path: Path) -> None:
+    (tmp_path / ".tuneserve/services").mkdir(parents=True)
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": "sqlite:///x", "PREFECT_API_URL": "http://me:secret@127.0.0.1:9/api"}
+    done = subprocess.run([sys.executable, "-m", "pipeline.cli", "promote", "shop"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    text = (tmp_path / ".tuneserve/logs/tuneserve.jsonl").read_text("utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert done.returncode == 1 and "secret" not in text
+    assert [line["event"] for line in lines] == ["command started", "stage started", "stage failed", "command failed", "command ended"]
+    assert (lines[-2]["error"], lines[-1]["exit_code"]) == ("ServingError", 1)

@@ -111,3 +111,12 @@ def test_a_missing_file_is_a_fault(tmp_path: Path) -> None:
 def test_a_dumped_recipe_loads_as_the_same(tmp_path: Path) -> None:
     recipe = load(tmp_path, GOOD)
     assert load(tmp_path, dump_recipe(recipe)) == recipe
+
+
+def test_what_needs_gpus_is_refused_without_them_and_all_at_once(tmp_path: Path) -> None:
+    wrong = "device: cpu\nquantization: fp8_per_tensor\nexpert_parallel: true\nvision_data_parallel: true\nmax_num_seqs: 64\nmax_num_batched_tokens: 32\n"
+    found = faults(tmp_path, SERVE + wrong, ServingRecipe)
+    assert set(found) == {"quantization", "expert_parallel", "vision_data_parallel", "max_num_batched_tokens"}
+    assert "device: cuda" in found["quantization"] and "tensor_parallel_size" in found["expert_parallel"]
+    assert faults(tmp_path, SERVE + "gpu_memory_utilization: 0.96\n", ServingRecipe).keys() == {"gpu_memory_utilization"}
+    assert load(tmp_path, SERVE + wrong.replace("cpu", "cuda\ntensor_parallel_size: 2").replace(": 32", ": 64"), ServingRecipe)

@@ -116,6 +116,40 @@ def test_a_version_that_tuneserve_did_not_register_is_refused_but_can_be_left(re
     assert registry.champion_number("foreign") == "1"
 
 
+def test_what_disk_asks_of_it(registry: Registry, tmp_path: Path) -> None:
+    version = register(registry, tmp_path / "a", "kept")
+    registry.client.create_registered_model("linked")
+    registry.client.create_model_version("linked", f"mlflow-artifacts:/1/{'c' * 32}/artifacts/adapter")
+    with registry.run("kept", {}, {}) as bare:
+        pass
+    by_label = {found.label: found for found in registry.registered()}
+    assert by_label["kept/1"].digest == version.digest and by_label["kept/1"].run_ids == {version.run_id}
+    assert by_label["linked/1"].digest is None and by_label["linked/1"].run_ids == {"c" * 32}
+    assert registry.holds_adapter(version.run_id) and not registry.holds_adapter(bare.run_id)
+    assert not registry.is_gone(bare.run_id) and registry.is_gone("d" * 32)
+    registry.client.delete_run(bare.run_id)
+    assert registry.is_gone(bare.run_id)
+    registry.client.delete_model_version("kept", "1")
+    assert "kept/1" not in {found.label for found in registry.registered()}
+
+
+def test_what_is_registered_is_read_page_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry("http://127.0.0.1:9")
+    pages = {None: (["1", "2"], "more"), "more": (["3"], "")}
+
+    class Page(list[SimpleNamespace]):
+        token = ""
+
+    def search(max_results: int, page_token: str | None) -> Page:
+        numbers, token = pages[page_token]
+        page = Page(SimpleNamespace(name="shop", version=number, tags={}, run_id="", source="") for number in numbers)
+        page.token = token
+        return page
+
+    monkeypatch.setattr(registry.client, "search_model_versions", search)
+    assert [found.label for found in registry.registered()] == ["shop/1", "shop/2", "shop/3"]
+
+
 class Flaky:
     """An MLflow client whose every first call fails with `error`; what gets through is in `sent`."""
 

@@ -24,6 +24,8 @@ MEASURED_FILE = "tuneserve.json"
 """What a tiny base model scored when it was made; not part of the revision."""
 TINY_SOURCES = ("pictures.py", "tinyglm.py", TEMPLATE_FILE.name)
 TINY_PACKAGES = ("tokenizers", "torch", "transformers")
+TINY_LOCK, TINY_DRAFTS = ".tiny.lock", ".tiny-*.draft"
+"""Held while a tiny base model is made, and the folders of those that are not yet whole."""
 LOCK_POLL_SECONDS = 0.5
 
 
@@ -132,11 +134,10 @@ def tiny_base_model(bases_dir: Path, report: Report | None = None) -> BaseModel:
     Raises TuneserveError if the model did not learn to name what it sees.
     """
     report = report or (lambda text, fraction: None)
-    name = f"tiny-{_tiny_digest()[:12]}"
-    folder = bases_dir / name
+    folder = bases_dir / tiny_name()
     if not folder.is_dir():
         bases_dir.mkdir(parents=True, exist_ok=True)
-        with (bases_dir / ".tiny.lock").open("wb") as lock:
+        with (bases_dir / TINY_LOCK).open("wb") as lock:
             while not _locked(lock.fileno()):
                 report("waiting for another process that makes the tiny GLM-4.5V", 0.0)
                 time.sleep(LOCK_POLL_SECONDS)
@@ -162,7 +163,7 @@ def _make_tiny(folder: Path, report: Report) -> None:
     """Build into a draft beside `folder`, which appears only when all is written. Runs under the lock, so every draft found is a dead build's."""
     from pipeline import tinyglm
 
-    for stale in folder.parent.glob(".tiny-*.draft"):
+    for stale in folder.parent.glob(TINY_DRAFTS):
         shutil.rmtree(stale)
     draft = folder.with_name(f".{folder.name}.draft")
     tinyglm.make_tiny(draft, TEMPLATE_FILE.read_text("utf-8"), MEASURED_FILE, report)
@@ -176,6 +177,11 @@ def _locked(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def tiny_name() -> str:
+    """The folder's name of the tiny GLM-4.5V that this source and these libraries make; one of any other name is of older ones."""
+    return f"{TINY}-{_tiny_digest()[:12]}"
 
 
 def _tiny_digest() -> str:

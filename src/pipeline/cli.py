@@ -5,6 +5,8 @@ Heavy packages (torch, vllm, mlflow, prefect, openai) are imported inside the co
 
 import contextlib
 import json
+import logging
+import os
 import signal
 import sys
 import time
@@ -15,8 +17,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from pipeline.errors import Fault, InvalidInput, TuneserveError
+from pipeline.journal import failure_fields, open_journal
 
 if TYPE_CHECKING:
+    from pipeline.disk import Known
     from pipeline.project import Project
     from pipeline.registry import Version
 
@@ -24,6 +28,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 FINETUNE_RECIPE = "recipes/finetune/catalog-tiny.yaml"
 SERVING_RECIPE = "recipes/serving/tiny-cpu.yaml"
+logger = logging.getLogger("pipeline.cli")  # not __name__, which may be __main__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,16 +39,22 @@ def cli() -> None:
 
 @contextlib.contextmanager
 def _project() -> "Iterator[Project]":
-    """The project, its environment set in this process; what was started for the block is gone when this returns."""
+    """The project, its environment set in this process, its journal open; what was started for the block is gone when this returns."""
     from pipeline import services
     from pipeline.project import find_project
 
     project = find_project()
     project.use_environment()
+    _begin_journal(project)
     try:
         yield project
     finally:
         services.wait_all_ended(project)
+
+
+def _begin_journal(project: "Project") -> None:
+    open_journal(project.logs, command=click.get_current_context().info_name)
+    logger.info("command started")
 
 
 @contextlib.contextmanager
@@ -239,6 +250,8 @@ def down(as_json: bool) -> None:
     from pipeline.project import find_project
 
     project = find_project()
+    if project.state.is_dir():
+        _begin_journal(project)
     found = sorted(services.find_services(project), key=lambda server: server.name, reverse=True)  # vLLM before the registry it follows
     ended = [server.name for server in found if services.release(server)]
     used = [server.name for server in found if server.name not in ended]
@@ -275,33 +288,105 @@ def quickstart(keep: bool, no_promote: bool, as_json: bool) -> None:
         raise TuneserveError(result.failure)
 
 
+@cli.command(short_help="Show what fills the disk; --delete frees it.")
+@click.option("--delete", is_flag=True, help="Remove what is listed as removable.")
+@click.option(
+    "--older-than",
+    "older_than_days",
+    type=click.IntRange(min=0),
+    default=7,
+    show_default=True,
+    metavar="DAYS",
+    help="Age at which an unfinished training may go.",
+)
+@json_option
+def gc(delete: bool, older_than_days: int, as_json: bool) -> None:
+    """List what fills this project's disk and what of it may go, and why; with --delete, remove that. Nothing goes that runs or cannot be made again."""
+    from pipeline import disk
+    from pipeline.project import find_project
+
+    here = find_project()
+    if not (here.state.is_dir() or here.mlruns.is_dir()):
+        raise TuneserveError(f"{here.root}: nothing of tuneserve lies here; run this in your project's folder")
+    with _project() as project:
+        known, unknown = _ask_registry(project)
+        ours = "MLFLOW_TRACKING_URI" not in os.environ
+        entries = disk.survey(project, known, unknown=unknown, artifacts_ours=ours, older_than_days=older_than_days)
+        removal = disk.remove(project, entries) if delete else None
+    if as_json:
+        removed = {"removed": [project.relative(path) for path in removal.removed], "freed_bytes": removal.freed_bytes} if removal else {}
+        removable_bytes = sum(entry.size_bytes for entry in entries if entry.removable)
+        click.echo(json.dumps({"entries": [entry.as_dict(project) for entry in entries], "removable_bytes": removable_bytes, **removed}))
+    else:
+        click.echo(disk.summary(project, entries, removal))
+    if removal and removal.left:
+        left = "; ".join(f"{project.relative(path)}: {reason}" for path, reason in removal.left.items())
+        raise TuneserveError(f"not removed: {left}")
+
+
+def _ask_registry(project: "Project") -> "tuple[Known | None, str]":
+    """What the registry knows of what lies here; None, and why, if it need not or cannot be asked: a full disk may keep it from starting."""
+    from pipeline import disk, services
+    from pipeline.progress import progress
+
+    if not disk.concerns_registry(project):
+        return None, ""
+    if "MLFLOW_TRACKING_URI" not in os.environ and not (project.mlruns / services.DATABASE).is_file():
+        return None, f"the registry that could say what it is is missing (mlruns/{services.DATABASE})"
+    run_ids = disk.run_ids(project)
+    try:
+        with progress("MLflow"), services.tracking(project) as uri:
+            from pipeline.registry import Registry
+
+            return disk.know(Registry(uri), run_ids), ""
+    except (TuneserveError, OSError) as error:
+        return None, f"the registry cannot be asked ({str(error).partition(chr(10))[0]})"
+
+
 def main() -> NoReturn:
     """Runs a command; turns every expected failure into one message and its exit code."""
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
+    logging.getLogger("pipeline").addHandler(logging.NullHandler())  # until the journal is open; else logging itself prints warnings
+    began, code = time.monotonic(), 1
+    try:
+        code = _run()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+        raise
+    except BaseException as error:
+        logger.error("command failed", extra=failure_fields(error))
+        raise
+    finally:
+        logger.info("command ended", extra={"exit_code": code, "seconds": round(time.monotonic() - began, 3)})
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
         code = cli(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except TuneserveError as error:
-        _fail(error)
+        return _fail(error)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted: everything that was started has been ended", err=True)
-        sys.exit(130)
+        return 130
 
 
 def _exit_on_sigterm(*_: Any) -> NoReturn:
     sys.exit(128 + signal.SIGTERM)
 
 
-def _fail(error: TuneserveError) -> NoReturn:
+def _fail(error: TuneserveError) -> int:
+    logger.error("command failed", extra=failure_fields(error))
     if "--json" in sys.argv:
         faults = error.faults if isinstance(error, InvalidInput) else (Fault("", "", str(error)),)
         click.echo(json.dumps({"ok": False, "errors": [fault.as_dict() for fault in faults]}))
     click.echo(f"tuneserve: {error}", err=True)
-    sys.exit(error.exit_code)
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -117,6 +117,19 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
         yield
 
 
+@contextlib.contextmanager
+def if_unlocked(path: Path) -> Iterator[bool]:
+    """Holds the lock file `path` as `locked` does, but only if nobody does; yields whether."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def started(pid: int) -> str:
     """When the process `pid` started, exact and whatever happens to the clock: boot id and ticks since boot (proc(5), field 22); '' if it is gone or a zombie."""
     try:

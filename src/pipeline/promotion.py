@@ -1,15 +1,19 @@
 """Moving the alias: `promote` sets `champion` and returns once every replica serves that version, else puts the alias back."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ServingError
+from pipeline.journal import failure_fields
 from pipeline.process import locked
 from pipeline.registry import Registry, Version
 from pipeline.serving.client import Replica
+from pipeline.version import CHAMPION
 
+logger = logging.getLogger(__name__)
 WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.2
 
@@ -33,20 +37,25 @@ def promote(registry: Registry, version: Version, replicas: Sequence[Replica], l
     for replica in replicas:
         if version.name not in replica.status():
             raise ServingError(f"replica {replica.url} does not follow {version.name}; add it to `follow:` in its serving recipe")
+    fields = {"model": version.name, "version": version.version, "digest": version.digest}
     with locked(lock):
         previous = registry.champion_number(version.name)
         began = time.monotonic()
         try:
             registry.move_champion(version.name, version.version)
+            logger.info("alias moved", extra={**fields, "alias": CHAMPION, "previous": previous})
             for replica in replicas:
                 _wait_live(replica, version, began + wait_seconds)
-        except BaseException:
+        except BaseException as error:
+            logger.warning("promotion failed", extra={**fields, **failure_fields(error)})
             if previous != version.version and registry.champion_number(version.name) == version.version:
                 registry.move_champion(version.name, previous)
+                logger.warning("alias moved back", extra={**fields, "alias": CHAMPION, "version": previous, "digest": None, "refused": version.version})
             raise
         seconds = time.monotonic() - began
         if previous != version.version:
             registry.record_previous(version, previous)
+    logger.info("version live", extra={**fields, "replicas": [replica.url for replica in replicas], "seconds": round(seconds, 3)})
     return Promotion(version, previous, tuple(replica.url for replica in replicas), seconds)
 
 

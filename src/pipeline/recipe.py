@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pipeline.adapter import name_fault
+from pipeline.adapter import ADAPTER_NAME, name_fault
 from pipeline.errors import Fault, InvalidInput
 
 
@@ -22,7 +22,7 @@ def _adapter_name(name: str) -> str:
     return name
 
 
-AdapterName = Annotated[str, AfterValidator(_adapter_name)]
+AdapterName = Annotated[str, AfterValidator(_adapter_name), Field(json_schema_extra={"pattern": f"^{ADAPTER_NAME.pattern}$"})]
 """A registered model's name, which is also its served name."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Gives the same adapter keys with every version of transformers and peft that was tried, and is what a small server wraps."""
@@ -33,7 +33,7 @@ ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 LayerNumber = Annotated[int, Field(ge=0)]
 
 
-class Section(BaseModel):
+class Section(BaseModel, use_attribute_docstrings=True):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def broken_relations(self) -> Iterator[str]:
@@ -180,57 +180,86 @@ class FinetuneRecipe(Section):
 
 
 class ServedLora(Section):
+    """Which adapters a server takes, and how many at once."""
+
     max_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
+    """Highest rank that is served; every slot is as large as an adapter of this rank."""
     max_loras: Annotated[int, Field(ge=1)] = 4
-    """Adapters in one batch; each slot is preallocated for every wrapped module, and requests for more wait."""
+    """Adapters in one batch; each slot is preallocated for every wrapped module (GLM-4.5V, rank 16, attention: 60 MiB), and requests for more wait."""
     max_cpu_loras: Annotated[int, Field(ge=1)] = 16
     """Adapters in host memory; keep it at two more than the versions that clients may call."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("qkv_proj", "o_proj")
-    """vLLM's modules that take adapters; weights for others are refused."""
+    """vLLM's modules that take adapters; weights for others are refused. The default is attention; routed experts cost 50 times as much GPU memory a slot."""
 
-    @model_validator(mode="after")
-    def _cpu_holds_gpu(self) -> Self:
+    def broken_relations(self) -> Iterator[str]:
         if self.max_cpu_loras < self.max_loras + 2:
-            raise ValueError(f"max_cpu_loras: {self.max_cpu_loras} is too few for max_loras {self.max_loras}; use at least {self.max_loras + 2}")
-        return self
+            yield f"max_cpu_loras: {self.max_cpu_loras} is too few for max_loras {self.max_loras}; use at least {self.max_loras + 2}"
 
 
 class ServingRecipe(Section):
     """One vLLM server that serves a base model and follows registered models."""
 
     name: AdapterName
+    """What `tuneserve` calls this server; its log is vllm-<name>.log."""
     base_model: str
-    """As in a finetune recipe."""
+    """As in a finetune recipe. Adapters are refused that were trained on another folder's weights, so also for an FP8 copy of theirs: see `quantization`."""
     served_name: Annotated[str, Field(min_length=1)] = "glm-4.5v"
     """What clients call the base."""
     follow: Annotated[tuple[AdapterName, ...], Field(min_length=1)]
     """Registered models; each one's version under the alias `champion` is served under the model's name."""
     device: Literal["cpu", "cuda"] = "cuda"
+    """cuda for GPUs."""
     host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines ask."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0 takes 8000 if it is free, else any free port."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations, and of weights that are not quantized."""
+    quantization: Literal["fp8_per_tensor", "fp8_per_channel"] | None = None
+    """Quantizes the base's weights while loading, which halves them (GLM-4.5V: 102 instead of 201 GiB); per channel is finer, per tensor is what was measured.
+    Adapters stay in `precision` and are those trained on the unquantized folder. Needs GPUs."""
     max_model_len_tokens: Annotated[int, Field(ge=16)] = 16384
+    """Longest request, answer included; a longer one is refused. GLM-4.5V can 65,536; the KV cache must hold at least one such request."""
+    max_num_batched_tokens: Annotated[int, Field(ge=16)] | None = None
+    """Tokens in one step: a longer prompt is read in chunks of this, between other requests' answers. Higher answers long prompts sooner and holds up
+    running answers for longer. None: vLLM's own (8192 on an H100 or H200, 2048 on a CPU)."""
+    max_num_seqs: Annotated[int, Field(ge=1)] | None = None
+    """Requests answered at once; more wait. Higher is more throughput and slower answers. None: vLLM's own (1024 on an H100 or H200, 128 on a CPU)."""
+    prefix_caching: bool = True
+    """Keeps the KV cache of common beginnings (system prompt, an image asked about again). False for clients that must not learn from timing what others asked."""
     max_images: Annotated[int, Field(ge=0)] = 4
     """Per request."""
+    image_cache_gib: Annotated[float, Field(ge=0, le=1024)] = 4.0
+    """Host memory for processed images, so that one that was seen is not processed again. 0: none."""
     kv_cache_gib: Annotated[int, Field(ge=1)] = 1
     """CPU only; on a GPU it is what gpu_memory_utilization leaves."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=0.95)] = 0.9
+    """Share of each GPU's memory for weights, adapter slots, activations and KV cache together."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """GPUs over which every layer is split."""
+    expert_parallel: bool = False
+    """Gives each GPU whole experts instead of a slice of every expert."""
+    vision_data_parallel: bool = False
+    """Gives each GPU the whole vision tower and a share of the images, instead of a slice of the tower: less traffic between GPUs, for about 1.2 GiB more on each of four."""
     allowed_media_domains: tuple[str, ...] = ()
     """Hosts that image URLs may name; none: data URLs only."""
     poll_seconds: Annotated[float, Field(ge=0.05, le=60)] = 1.0
     """How often the registry is asked."""
     lora: ServedLora = ServedLora()
 
-    @model_validator(mode="after")
-    def _names_differ(self) -> Self:
+    def broken_relations(self) -> Iterator[str]:
         if len(set(self.follow)) < len(self.follow):
-            raise ValueError("follow: names a model twice; name each once")
-        for name in self.follow:
-            if fault := name_fault(name, {self.served_name}):
-                raise ValueError(f"follow: {fault}")
-        return self
+            yield "follow: names a model twice; name each once"
+        yield from (f"follow: {fault}" for name in self.follow if (fault := name_fault(name, {self.served_name})))
+        if self.quantization and self.device == "cpu":
+            yield f"quantization: {self.quantization} needs device: cuda; remove it to serve on the CPU"
+        if self.quantization and self.precision == "float32":
+            yield f"quantization: {self.quantization} goes with precision: bfloat16 only"
+        for field in ("expert_parallel", "vision_data_parallel"):
+            if getattr(self, field) and self.tensor_parallel_size == 1:
+                yield f"{field}: needs tensor_parallel_size above 1; remove it to serve on one GPU"
+        if self.max_num_seqs and self.max_num_batched_tokens and self.max_num_batched_tokens < self.max_num_seqs:
+            yield f"max_num_batched_tokens: {self.max_num_batched_tokens} is fewer than max_num_seqs {self.max_num_seqs}; each answer takes a token a step"
 
 
 Recipe = FinetuneRecipe | ServingRecipe

@@ -1,8 +1,10 @@
 """The MLflow boundary: one run per training with its lineage, one model version per adapter, and the alias that is the deployment."""
 
 import contextlib
+import logging
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -10,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
@@ -29,6 +31,7 @@ from pipeline.version import (
     TEMPLATE_DIGEST_TAG,
 )
 
+logger = logging.getLogger(__name__)
 EXPERIMENT = "tuneserve"
 EXTRA_FILES = ("swift_args.json", "recipe.yaml")
 """What a version holds beside the adapter itself; nothing else is ever logged."""
@@ -38,6 +41,7 @@ STEP_METRIC = "loss"
 """What ms-swift logs at every logged step, whatever the method."""
 BATCH = 100
 """Metrics and tags in one request; MLflow takes at most 100 tags."""
+RUN_ID = re.compile(r"\b[0-9a-f]{32}\b")
 RETRY_SECONDS = 2.0
 REGISTER_SECONDS = 600.0
 """How long a trained adapter waits for MLflow to come back."""
@@ -58,6 +62,15 @@ class Version:
     @property
     def label(self) -> str:
         return f"{self.name}/{self.version}"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version's entry as it stands, ours or not: its name/number, its tag for the adapter's digest, and every run that it names."""
+
+    label: str
+    digest: str | None
+    run_ids: frozenset[str]
 
 
 class Registry:
@@ -143,12 +156,15 @@ class Registry:
         while True:
             try:
                 with _translated(self.uri):
-                    return _version(self._register(name, run_id, adapter, extra_files, tags))
+                    made = _version(self._register(name, run_id, adapter, extra_files, tags))
+                logger.info("version registered", extra={"model": name, "version": made.version, "digest": made.digest, "run_id": run_id})
+                return made
             except RegistryError as error:
                 if not _is_away(error) or time.monotonic() > deadline:
                     raise RegistryError(
                         f"{error} The adapter is trained and kept in {adapter.folder}; once MLflow is back, train again: it only registers then."
                     ) from error
+                logger.warning("registry away", extra={"run_id": run_id})
                 print(f"MLflow at {self.uri} is away; the adapter is trained, trying again to register it", file=sys.stderr)
                 time.sleep(RETRY_SECONDS)
 
@@ -203,6 +219,36 @@ class Registry:
         """Writes on a version which one was champion before it: MLflow keeps no history of aliases."""
         with _translated(self.uri):
             self.client.set_model_version_tag(version.name, version.version, PREVIOUS_TAG, previous or "none")
+
+    def registered(self) -> list[Registered]:
+        """Every version of every model, whoever registered it."""
+        found: list[Registered] = []
+        page: str | None = None
+        with _translated(self.uri):
+            while page != "":
+                versions = self.client.search_model_versions(max_results=1000, page_token=page)
+                for entry in versions:
+                    runs = {entry.run_id or "", *RUN_ID.findall(entry.source or "")} - {""}
+                    found.append(Registered(f"{entry.name}/{entry.version}", entry.tags.get(DIGEST_TAG), frozenset(runs)))
+                page = versions.token or ""
+        return found
+
+    def is_gone(self, run_id: str) -> bool:
+        """Whether there is no such run, or it was deleted."""
+        try:
+            with _translated(self.uri):
+                return str(self.client.get_run(run_id).info.lifecycle_stage) == LifecycleStage.DELETED
+        except RegistryError as error:
+            cause = error.__cause__
+            if isinstance(cause, MlflowException) and cause.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                return True
+            raise
+
+    def holds_adapter(self, run_id: str) -> bool:
+        """Whether the run's artifacts hold an adapter, every file of it."""
+        with _translated(self.uri):
+            names = {entry.path.rpartition("/")[2] for entry in self.client.list_artifacts(run_id, ARTIFACT_FOLDER) if entry.file_size}
+        return names >= set(ADAPTER_FILES)
 
 
 class TrainingRun:

@@ -5,6 +5,7 @@ A service lives as long as a command of ours holds its lease (see supervisor.py)
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import sys
@@ -20,9 +21,11 @@ import psutil
 
 from pipeline import process
 from pipeline.errors import ServingError
+from pipeline.journal import failure_fields
 from pipeline.project import Project
 from pipeline.supervisor import keep_marker
 
+logger = logging.getLogger(__name__)
 MLFLOW, PREFECT = "mlflow", "prefect"
 DATABASE = "mlflow.db"
 """The embedded MLflow's SQLite file in mlruns/."""
@@ -151,6 +154,7 @@ def _start(
     wait: Callable[[process.Child, str], None],
 ) -> tuple[Service, IO[bytes]]:
     argv, url = command
+    began = time.monotonic()
     lease = project.services / f"{name}@{os.getpid()}-{time.time_ns()}.lease"
     child = process.start(
         argv,
@@ -162,14 +166,16 @@ def _start(
     )
     try:
         wait(child, url)
-    except BaseException:
+    except BaseException as error:
         child.end()
+        logger.warning("server did not start", extra={"server": name, "log": str(child.log), **failure_fields(error)})
         raise
     record = Service(name, url, child.supervisor.pid, process.started(child.supervisor.pid), identity, str(child.log), str(lease))
     path = project.services / f"{name}.json"
     draft = path.with_suffix(".json.new")
     draft.write_text(json.dumps(asdict(record)), "utf-8")
     draft.replace(path)
+    logger.info("server started", extra={"server": name, "url": url, "server_pid": record.pid, "seconds": round(time.monotonic() - began, 3)})
     return record, child.lease
 
 
@@ -234,10 +240,14 @@ def wait_ended(found: Service, timeout_seconds: float = END_SECONDS) -> bool:
     """True once the service is gone; False if it is to stay, is used by another command, or the time is over."""
     lease = Path(found.lease)
     deadline = time.monotonic() + timeout_seconds
+    ran = False
     while found.alive():
         if keep_marker(lease).exists() or process.is_leased(lease) or time.monotonic() > deadline:
             return False
+        ran = True
         time.sleep(0.1)
+    if ran:
+        logger.info("server ended", extra={"server": found.name, "url": found.url, "server_pid": found.pid})
     return True
 
 

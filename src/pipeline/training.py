@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import re
 import shutil
@@ -19,6 +20,7 @@ from pipeline.progress import Report
 from pipeline.project import Project
 from pipeline.recipe import Dpo, FinetuneRecipe, Lora
 
+logger = logging.getLogger(__name__)
 SwiftArgs = dict[str, str | int | float | bool | list[str]]
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 """Called with the optimizer step and what ms-swift logged there."""
@@ -188,6 +190,7 @@ def train_adapter(recipe: FinetuneRecipe, base: Path, dataset: Dataset, folder: 
     rank_logs = project.logs / f"training-{folder.name}.ranks"
     shutil.rmtree(rank_logs, ignore_errors=True)
     follow_log = LogFollower(output / "logging.jsonl", on_metrics, report, resumed.step if resumed else 0)
+    logger.info("training resumed" if resumed else "training started", extra={"step": resumed.step if resumed else 0})
     child = process.start(
         [sys.executable, "-m", "swift.cli.main", swift_command(recipe), str(args_file)],
         name="training",
@@ -202,10 +205,13 @@ def train_adapter(recipe: FinetuneRecipe, base: Path, dataset: Dataset, folder: 
             follow_log.read()
         follow_log.read()
         if child.poll() != 0:
+            logger.error("training failed", extra={"log": str(child.log), "exit_code": child.poll()})
             raise failure_of(child, recipe, rank_logs)
     finally:
         child.end()
-    return _collect(checkpoint.best(output), adapter, child)
+    trained = _collect(checkpoint.best(output), adapter, child)
+    logger.info("training ended", extra={"digest": trained.digest})
+    return trained
 
 
 def failure_of(child: process.Child, recipe: FinetuneRecipe, rank_logs: Path) -> ProcessFailed:

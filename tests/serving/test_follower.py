@@ -151,6 +151,24 @@ def test_faults_are_logged_once_per_change(world, engine, caplog):
         "catalog: http://mlflow: MLflow cannot be reached",
         "catalog: MLflow answers again",
     ]
+    assert vars(caplog.records[0]).items() >= {"event": "adapter refused", "model": "catalog", "version": "1"}.items()
+
+
+def test_what_is_served_is_logged_with_name_version_and_digest(world, engine, caplog):
+    caplog.set_level(logging.INFO, "vllm.tuneserve")
+
+    async def scenario():
+        follower = world.replica(engine)
+        for version in ("1", "2", "2"):
+            world.promote(version)
+            await follower.sync(5.0)
+        return model_status(follower)["live"]["digest"]
+
+    digest = asyncio.run(scenario())
+    assert [(record.event, record.version) for record in caplog.records] == [
+        (event, version) for version in ("1", "2") for event in ("adapter loaded", "served name flipped")
+    ]
+    assert (caplog.records[-1].model, caplog.records[-1].digest, caplog.records[-1].previous) == ("catalog", digest, "1")
 
 
 def test_missing_alias_keeps_serving_and_says_so(world, engine):

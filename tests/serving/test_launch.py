@@ -21,22 +21,31 @@ def option(args: list[str], name: str) -> str:
     return args[args.index(name) + 1]
 
 
-def test_the_embedded_recipes_arguments() -> None:
-    args = serve_args(EMBEDDED, Path("/base"), 8000)
-    wanted = {
-        "--model": "/base",
-        "--served-model-name": "glm-4.5v",
-        "--host": "127.0.0.1",
-        "--port": "8000",
-        "--max-lora-rank": "16",
-        "--max-cpu-loras": "16",
-        "--lora-target-modules": "qkv_proj",
-        "--chat-template": str(TEMPLATE_FILE),
-        "--limit-mm-per-prompt": '{"image": 2, "video": 0}',
-    }
-    assert {name: option(args, name) for name in wanted} == wanted
-    assert {"--enable-lora", "--enforce-eager"} <= set(args)
-    assert not {"--gpu-memory-utilization", "--api-key", "--trust-remote-code"} & set(args)
+FIXED = f"--chat-template {TEMPLATE_FILE} --chat-template-content-format openai"
+GOLDEN = {
+    "tiny-cpu": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16
+        --tensor-parallel-size 1 --max-model-len 2048 --enable-chunked-prefill --enable-prefix-caching
+        --limit-mm-per-prompt {{"image":2,"video":0}} --mm-processor-cache-gb 4.0 {FIXED} --allowed-media-domains none.invalid
+        --enable-lora --max-lora-rank 16 --max-loras 4 --max-cpu-loras 16 --lora-target-modules qkv_proj o_proj
+        --shutdown-timeout 3 --enforce-eager""",
+    "glm-4.5v-h200-fp8": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16 --quantization fp8_per_tensor
+        --tensor-parallel-size 1 --max-model-len 16384 --enable-chunked-prefill --max-num-batched-tokens 8192 --max-num-seqs 64 --enable-prefix-caching
+        --limit-mm-per-prompt {{"image":4,"video":0}} --mm-processor-cache-gb 8.0 {FIXED} --allowed-media-domains none.invalid
+        --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj
+        --shutdown-timeout 3 --gpu-memory-utilization 0.92""",
+    "glm-4.5v-4xh100": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16
+        --tensor-parallel-size 4 --enable-expert-parallel --mm-encoder-tp-mode data
+        --max-model-len 32768 --enable-chunked-prefill --max-num-batched-tokens 8192 --max-num-seqs 128 --enable-prefix-caching
+        --limit-mm-per-prompt {{"image":4,"video":0}} --mm-processor-cache-gb 8.0 {FIXED} --allowed-media-domains none.invalid
+        --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj
+        --shutdown-timeout 3 --gpu-memory-utilization 0.9""",
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/serving").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipes_arguments(path: Path) -> None:
+    args = serve_args(load_recipe(path, ServingRecipe), Path("/base"), 8000)
+    assert [argument.replace(" ", "") for argument in args] == GOLDEN[path.stem].split()
     assert DRAIN_SECONDS < GRACE_SECONDS
 
 
@@ -46,11 +55,14 @@ def test_without_domains_no_image_url_is_fetched() -> None:
     assert option(serve_args(open_, Path("/base"), 1), "--allowed-media-domains") == "img.example"
 
 
-def test_on_gpus() -> None:
-    recipe = EMBEDDED.model_copy(update={"device": "cuda", "tensor_parallel_size": 4})
-    args = serve_args(recipe, Path("/base"), 1)
-    assert option(args, "--tensor-parallel-size") == "4" and "--enforce-eager" not in args
-    assert "VLLM_CPU_KVCACHE_SPACE" not in serve_environment(recipe, Path("s"))
+def test_prefix_caching_can_be_off() -> None:
+    args = serve_args(EMBEDDED.model_copy(update={"prefix_caching": False}), Path("/base"), 1)
+    assert "--no-enable-prefix-caching" in args and "--enable-prefix-caching" not in args
+
+
+def test_on_gpus_nothing_of_the_cpu_is_set() -> None:
+    recipe = EMBEDDED.model_copy(update={"device": "cuda"})
+    assert not [name for name in serve_environment(recipe, Path("s")) if name.startswith("VLLM_CPU")]
 
 
 def test_the_users_own_plugins_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ import hashlib
 import inspect
 import json
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ vllm = pytest.importorskip("vllm")
 from fastapi import FastAPI  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 from vllm import envs  # noqa: E402
+from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES  # noqa: E402
 from vllm.engine.protocol import EngineClient  # noqa: E402
 from vllm.entrypoints.launchers.api_server import app_state  # noqa: E402
 from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: E402
@@ -27,13 +30,17 @@ from vllm.entrypoints.serve.engine.serving import BaseServing  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method  # noqa: E402
 from vllm.model_executor.layers.fused_moe.oracle import unquantized  # noqa: E402
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config  # noqa: E402
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins, init_endpoint_plugins_state  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 from vllm.v1.worker.gpu.lora_utils import LoraState  # noqa: E402
 
 from pipeline.errors import ServingError  # noqa: E402
+from pipeline.recipe import ServingRecipe, load_recipe  # noqa: E402
 from pipeline.serving import cpu_moe, plugin  # noqa: E402
 from pipeline.serving.followed_model import ServedAdapter  # noqa: E402
+from pipeline.serving.launch import serve_args  # noqa: E402
+from tests.conftest import ROOT  # noqa: E402
 
 
 class FakeClient:
@@ -100,6 +107,38 @@ def test_server_arguments_that_we_read():
     args = parser.parse_args(["--model", "m"])
     assert args.api_server_count is None and args.enable_lora in (None, False)
     assert envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING is False and envs.VLLM_SKIP_MODEL_NAME_VALIDATION is False
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/serving").glob("*.yaml")), ids=lambda path: path.stem)
+def test_vllms_own_parser_takes_every_shipped_recipes_arguments(path):
+    recipe = load_recipe(path, ServingRecipe)
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(serve_args(recipe, Path("/base"), 8000))
+    assert (args.quantization, args.enable_expert_parallel, args.tensor_parallel_size) == (
+        recipe.quantization,
+        recipe.expert_parallel,
+        recipe.tensor_parallel_size,
+    )
+    assert (args.max_num_batched_tokens, args.max_num_seqs, args.max_model_len) == (
+        recipe.max_num_batched_tokens,
+        recipe.max_num_seqs,
+        recipe.max_model_len_tokens,
+    )
+    assert args.enable_chunked_prefill is True and args.enable_prefix_caching is recipe.prefix_caching
+    assert args.mm_processor_cache_gb == recipe.image_cache_gib and args.limit_mm_per_prompt == {"image": recipe.max_images, "video": 0}
+    assert args.mm_encoder_tp_mode == ("data" if recipe.vision_data_parallel else "weights")
+    assert (args.max_loras, args.max_cpu_loras, tuple(args.lora_target_modules)) == (
+        recipe.lora.max_loras,
+        recipe.lora.max_cpu_loras,
+        recipe.lora.target_modules,
+    )
+    assert args.allowed_media_domains == ["none.invalid"]
+
+
+def test_recipes_offer_vllms_ways_to_quantize_while_loading():
+    offered = {name for name in get_args(get_args(ServingRecipe.model_fields["quantization"].annotation)[0])}
+    assert offered <= set(ONLINE_QUANT_SHORTHAND_NAMES)
+    with pytest.raises(ValueError, match="no longer supports online"):  # why plain `fp8` is not offered
+        Fp8Config(is_checkpoint_fp8_serialized=False)
 
 
 def test_requests_look_names_up_in_the_dict_that_we_write(tmp_path):

@@ -129,13 +129,13 @@ class FollowedModel:
         registered = RegisteredVersion(self.name, live.version, "", live.digest, live.base_revision, live.template_digest)
         try:
             if fault := self._fault(registered):
-                self._report(f"not restored: {fault}")
+                self._report(f"not restored: {fault}", registered)
             elif folder := await self._adapters.get(live.digest):
                 await self._serve(registered, folder)
             else:
-                self._report(f"{where}: not restored: its files on this replica are damaged or gone; they are fetched again when MLflow answers")
+                self._report(f"{where}: not restored: its files on this replica are damaged or gone; they are fetched again when MLflow answers", registered)
         except (TuneserveError, OSError) as error:
-            self._report(f"{where}: not restored: {error}")
+            self._report(f"{where}: not restored: {error}", registered)
 
     def status(self) -> dict[str, Any]:
         wanted, live = self.wanted, self.live
@@ -183,7 +183,7 @@ class FollowedModel:
             self._refusal = None
             self._report(None)
         elif fault := self._fault(wanted):
-            self._report(fault)
+            self._report(fault, wanted)
         elif not self._waits_to_retry(wanted):
             await self._take(wanted)
 
@@ -198,7 +198,7 @@ class FollowedModel:
         except (TuneserveError, OSError) as error:
             attempts = self._refusal.attempts + 1 if self._refusal and (self._refusal.version, self._refusal.digest) == (wanted.version, digest) else 1
             self._refusal = Refusal(wanted.version, digest, attempts, time.monotonic() + min(2**attempts, MAX_BACKOFF_SECONDS))
-            self._report(f"{self.name}/{wanted.version}: {error}")
+            self._report(f"{self.name}/{wanted.version}: {error}", wanted)
             return
         if not fetched:
             await self._sync()  # a download takes long: look again where the alias points
@@ -208,7 +208,10 @@ class FollowedModel:
         owner = self._owners.setdefault(adapter.lora_id, adapter.digest)
         if owner != adapter.digest:
             raise ServingError(f"its number in vLLM, {adapter.lora_id}, belongs to adapter {owner[:16]} (one chance in 2**31); train or register it anew")
+        began = time.monotonic()
         await self._engine.load(adapter)
+        fields = {"model": self.name, "version": adapter.version, "digest": adapter.digest}
+        logger.info("%s: loaded", adapter.engine_name, extra={"event": "adapter loaded", **fields, "seconds": round(time.monotonic() - began, 3)})
         self._engine.point(f"{self.name}/{version.version}", adapter)
         self._engine.point(self.name, adapter)
         before = self.live.version if self.live else "nothing"
@@ -217,7 +220,7 @@ class FollowedModel:
         )
         self._refusal = None
         self._report(None)
-        logger.info("%s: now %s (before: %s)", self.name, adapter.engine_name, before)
+        logger.info("%s: now %s (before: %s)", self.name, adapter.engine_name, before, extra={"event": "served name flipped", **fields, "previous": before})
 
     def _fault(self, version: RegisteredVersion) -> str | None:
         """Why the version's entry alone forbids serving it, or None."""
@@ -243,10 +246,11 @@ class FollowedModel:
         refusal = self._refusal
         return refusal is not None and (refusal.version, refusal.digest) == (version.version, version.digest) and time.monotonic() < refusal.retry_at
 
-    def _report(self, error: str | None) -> bool:
-        """Makes `error` what status shows; logs it, and returns True, only if it is news."""
+    def _report(self, error: str | None, refused: RegisteredVersion | None = None) -> bool:
+        """Makes `error` what status shows; logs it, and returns True, only if it is news. `refused` is the version that it keeps from being served."""
         news = error != self.error
         if news and error:
-            logger.warning("%s", error)
+            fields = {"event": "adapter refused", "version": refused.version, "digest": refused.digest} if refused else {"event": "following disturbed"}
+            logger.warning("%s", error, extra={"model": self.name, **fields})
         self.error = error
         return news

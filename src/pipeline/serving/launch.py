@@ -31,9 +31,10 @@ START_SECONDS = {"cpu": 300.0, "cuda": 1800.0}
 def serve_args(recipe: ServingRecipe, base: Path, port: int) -> list[str]:
     """The arguments of vLLM's OpenAI server (0.32) for a recipe; pure."""
     args = ["--model", str(base), "--served-model-name", recipe.served_name, "--host", recipe.host, "--port", str(port)]
-    args += ["--dtype", recipe.precision, "--max-model-len", str(recipe.max_model_len_tokens)]
-    args += ["--tensor-parallel-size", str(recipe.tensor_parallel_size)]
-    args += ["--limit-mm-per-prompt", json.dumps({"image": recipe.max_images, "video": 0})]
+    args += ["--dtype", recipe.precision]
+    args += ["--quantization", recipe.quantization] if recipe.quantization else []
+    args += _parallel_args(recipe) + _batch_args(recipe)
+    args += ["--limit-mm-per-prompt", json.dumps({"image": recipe.max_images, "video": 0}), "--mm-processor-cache-gb", str(recipe.image_cache_gib)]
     args += ["--chat-template", str(TEMPLATE_FILE), "--chat-template-content-format", "openai"]
     args += ["--allowed-media-domains", *(recipe.allowed_media_domains or ("none.invalid",))]
     lora = recipe.lora
@@ -41,6 +42,22 @@ def serve_args(recipe: ServingRecipe, base: Path, port: int) -> list[str]:
     args += ["--lora-target-modules", *lora.target_modules]
     args += ["--shutdown-timeout", str(DRAIN_SECONDS)]
     args += ["--enforce-eager"] if recipe.device == "cpu" else ["--gpu-memory-utilization", str(recipe.gpu_memory_utilization)]
+    return args
+
+
+def _parallel_args(recipe: ServingRecipe) -> list[str]:
+    args = ["--tensor-parallel-size", str(recipe.tensor_parallel_size)]
+    args += ["--enable-expert-parallel"] if recipe.expert_parallel else []
+    args += ["--mm-encoder-tp-mode", "data"] if recipe.vision_data_parallel else []
+    return args
+
+
+def _batch_args(recipe: ServingRecipe) -> list[str]:
+    """Chunked prefill is always on: without it one long prompt holds up everybody's answers, and vLLM warns that it may crash."""
+    args = ["--max-model-len", str(recipe.max_model_len_tokens), "--enable-chunked-prefill"]
+    args += ["--max-num-batched-tokens", str(recipe.max_num_batched_tokens)] if recipe.max_num_batched_tokens else []
+    args += ["--max-num-seqs", str(recipe.max_num_seqs)] if recipe.max_num_seqs else []
+    args += ["--enable-prefix-caching" if recipe.prefix_caching else "--no-enable-prefix-caching"]
     return args
 
 

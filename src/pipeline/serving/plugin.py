@@ -26,6 +26,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
 
+from pipeline import journal
 from pipeline.errors import ServingError
 from pipeline.serving.followed_model import ServedAdapter
 from pipeline.serving.follower import Follower
@@ -55,6 +56,7 @@ class AdapterFollower:
             vllm.__version__, args.enable_lora, args.api_server_count, envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING, envs.VLLM_SKIP_MODEL_NAME_VALIDATION
         ):
             raise ServingError(fault)
+        journal.write_to_stderr(logger)  # our own lines in vLLM's log are the journal's kind
         self.settings = read_settings(os.environ)
         self._authorization = f"Bearer {read_token(self.settings.token_file)}".encode()
         self._adapters = LocalAdapters(self.settings.state_dir / "adapters")

@@ -1,0 +1,265 @@
+"""What may go and what never does, for each thing that piles up; removal touches nothing else, and a cut short one leaves nothing half there."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import basemodel, disk, process
+from pipeline.disk import Entry, Known, Removal
+from pipeline.project import Project
+from pipeline.registry import Registered
+
+HELD, NAMED, OLD, YOUNG, GONE, ACTIVE, FOREIGN = (letter * 32 for letter in "abcdef0")
+"""Run ids: of a version, of a version without files, unfinished ones, one deleted in the registry, one that it has, one of a foreign version."""
+DIGEST, LOST, LIVE = "1" * 64, "2" * 64, "3" * 64
+
+
+class FakeRegistry:
+    def registered(self) -> list[Registered]:
+        return [
+            Registered("shop/1", DIGEST, frozenset({HELD})),
+            Registered("shop/2", None, frozenset({NAMED})),
+            Registered("foreign/1", None, frozenset({FOREIGN})),
+        ]
+
+    def is_gone(self, run_id: str) -> bool:
+        return run_id not in (ACTIVE, YOUNG, OLD)
+
+    def holds_adapter(self, run_id: str) -> bool:
+        return run_id in (HELD, FOREIGN)
+
+
+def put(path: Path, days_old: float = 0.0, size_bytes: int = 5000) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * size_bytes)
+    then = time.time() - days_old * 86400
+    for touched in (path, path.parent):
+        os.utime(touched, (then, then))
+    return path
+
+
+@pytest.fixture
+def full(project: Project) -> Project:
+    """A project in which everything has piled up; nothing runs."""
+    project.services.mkdir()
+    put(project.bases / basemodel.tiny_name() / "model.safetensors")
+    put(project.bases / "tiny-000000000000" / "model.safetensors")
+    put(project.bases / ".tiny-000000000000.draft" / "model.safetensors")
+    put(project.bases / "GLM-4.5V" / "model.safetensors")
+    put(project.state / "cache" / "vllm" / "x" / "compiled")
+    put(project.runs / HELD / "checkpoint-1" / "optimizer.pt")
+    put(project.runs / NAMED / "adapter" / "adapter_model.safetensors", 30)
+    put(project.runs / OLD / "train.jsonl", 8)
+    put(project.runs / YOUNG / "train.jsonl", 6)
+    for name in (
+        "mlflow.log",
+        "mlflow.log.1",
+        f"training-{HELD}.log",
+        f"training-{YOUNG}.log",
+        f"training-{'9' * 32}.log",
+        "tuneserve.jsonl",
+        "tuneserve.jsonl.1",
+    ):
+        put(project.logs / name)
+    for digest in (DIGEST, LOST, LIVE, ".unfinished-12ab"):
+        put(project.state / "serving" / "tiny" / "adapters" / digest / "adapter_model.safetensors")
+    (project.state / "serving" / "tiny" / "adapters" / LOST).chmod(0o555)
+    (project.state / "serving" / "tiny" / "live.json").write_text(json.dumps({"shop": {"digest": LIVE}}))
+    for run_id in (HELD, FOREIGN, ACTIVE, GONE):
+        put(project.mlruns / "artifacts" / "1" / run_id / "artifacts" / "adapter" / "adapter_model.safetensors")
+    put(project.mlruns / "artifacts" / "1" / "models" / "m")
+    return project
+
+
+def survey(project: Project, known: Known | None = None, days: float = 7, ours: bool = True, asked: bool = True) -> list[Entry]:
+    if asked and known is None:
+        known = disk.know(FakeRegistry(), disk.run_ids(project))
+    return disk.survey(project, known, unknown="MLflow is away", artifacts_ours=ours, older_than_days=days)
+
+
+def can_go(entries: list[Entry], category: str) -> set[str]:
+    return {entry.path.name for entry in entries if entry.category == category and entry.removable}
+
+
+def reason(entries: list[Entry], name: str, category: str) -> str:
+    (found,) = (entry for entry in entries if entry.path.name == name and entry.category == category)
+    assert not found.removable
+    return found.reason
+
+
+def snapshot(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.name != ".tiny.lock" and not path.name.endswith(".start")}
+
+
+def test_what_may_go_and_what_stays(full: Project) -> None:
+    entries = survey(full)
+    assert can_go(entries, disk.BASES) == {"tiny-000000000000", ".tiny-000000000000.draft"}
+    assert can_go(entries, disk.CACHES) == {"vllm"}
+    assert can_go(entries, disk.RUNS) == {HELD, OLD}
+    assert can_go(entries, disk.LOGS) == {"mlflow.log.1", f"training-{HELD}.log", f"training-{'9' * 32}.log"}
+    assert can_go(entries, disk.SERVED) == {LOST, ".unfinished-12ab"}
+    assert can_go(entries, disk.ARTIFACTS) == {GONE}
+    assert "only one" in reason(entries, NAMED, disk.RUNS)
+    assert "registered version" in reason(entries, FOREIGN, disk.ARTIFACTS)
+    assert "even without the registry" in reason(entries, LIVE, disk.SERVED)
+
+
+def test_the_age_counts_for_unfinished_trainings_alone(full: Project) -> None:
+    assert can_go(survey(full, days=30), disk.RUNS) == {HELD}
+    assert can_go(survey(full, days=0), disk.RUNS) == {HELD, OLD, YOUNG}
+
+
+def test_removal_takes_what_was_listed_and_nothing_else(full: Project) -> None:
+    before = snapshot(full.root)
+    entries = survey(full)
+    assert snapshot(full.root) == before  # listing removes nothing
+    removal = disk.remove(full, entries)
+    going = {entry.path for entry in entries if entry.removable}
+    assert set(removal.removed) == going and removal.left == {}
+    assert removal.freed_bytes == sum(entry.size_bytes for entry in entries if entry.removable) >= 5000 * len(going)
+    gone = {str(path.relative_to(full.root)) for path in going}
+    assert snapshot(full.root) == {name for name in before if not any(name == path or name.startswith(f"{path}/") for path in gone)}
+    assert disk.remove(full, survey(full)) == Removal((), 0, {})
+
+
+def test_without_the_registry_nothing_goes_that_only_it_could_clear(full: Project) -> None:
+    entries = survey(full, asked=False)
+    assert can_go(entries, disk.RUNS) == can_go(entries, disk.ARTIFACTS) == set()
+    assert can_go(entries, disk.SERVED) == {".unfinished-12ab"}
+    assert reason(entries, OLD, disk.RUNS) == "MLflow is away"
+    assert can_go(entries, disk.CACHES) and can_go(entries, disk.BASES)
+
+
+def test_artifacts_of_another_registry_are_left_alone(full: Project) -> None:
+    assert can_go(survey(full, ours=False), disk.ARTIFACTS) == set()
+
+
+def test_a_run_that_began_after_the_registry_was_asked_stays(full: Project) -> None:
+    known = disk.know(FakeRegistry(), disk.run_ids(full))
+    put(full.runs / ("8" * 32) / "train.jsonl", 30)
+    put(full.mlruns / "artifacts" / "1" / ("8" * 32) / "x", 30)
+    entries = survey(full, known)
+    assert "8" * 32 not in can_go(entries, disk.RUNS) | can_go(entries, disk.ARTIFACTS)
+
+
+@pytest.fixture
+def sleeper(full: Project) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that says of itself that it follows the registry as `tiny`."""
+    environment = {**os.environ, "TUNESERVE_FOLLOWER": str(full.services / "vllm-tiny.settings")}
+    child = subprocess.Popen([sys.executable, "-c", "print(1, flush=True); import time; time.sleep(60)"], env=environment, stdout=subprocess.PIPE)
+    assert child.stdout and child.stdout.readline()
+    yield child
+    child.kill()
+    child.wait()
+
+
+def test_while_a_replica_runs_its_adapters_the_caches_and_bases_stay(full: Project, sleeper: subprocess.Popen[bytes]) -> None:
+    entries = survey(full)
+    assert can_go(entries, disk.SERVED) == can_go(entries, disk.CACHES) == set()
+    assert can_go(entries, disk.BASES) == {".tiny-000000000000.draft"}
+    assert "vLLM dies" in reason(entries, LOST, disk.SERVED)
+    sleeper.kill()
+    sleeper.wait()
+    assert can_go(survey(full), disk.SERVED) == {LOST, ".unfinished-12ab"}
+
+
+def test_a_replica_that_starts_after_the_list_keeps_its_adapters(full: Project, request: pytest.FixtureRequest) -> None:
+    entries = [entry for entry in survey(full) if entry.category == disk.SERVED]
+    request.getfixturevalue("sleeper")
+    removal = disk.remove(full, entries)
+    assert removal.removed == () and len(removal.left) == 2 and all(entry.path.exists() for entry in entries)
+
+
+def test_a_replica_that_is_being_started_keeps_its_adapters(full: Project) -> None:
+    entries = [entry for entry in survey(full) if entry.category == disk.SERVED]
+    with process.locked(full.services / "vllm-tiny.start"):
+        assert len(disk.remove(full, entries).left) == 2
+
+
+def test_a_training_that_runs_stays_with_its_log_and_the_caches(full: Project) -> None:
+    with process.new_lease(full.runs / OLD / "training.lease"):
+        entries = survey(full, days=0)
+        assert reason(entries, OLD, disk.RUNS) == "it runs"
+        assert OLD not in can_go(entries, disk.RUNS) and can_go(entries, disk.CACHES) == set()
+
+
+def test_a_lease_that_nobody_holds_keeps_nothing(full: Project) -> None:
+    process.new_lease(full.runs / OLD / "training.lease").close()
+    os.utime(full.runs / OLD, (0, 0))
+    os.utime(full.runs / OLD / "training.lease", (0, 0))
+    assert OLD in can_go(survey(full), disk.RUNS)
+
+
+def test_while_a_command_trains_unfinished_runs_stay_but_registered_ones_may_go(full: Project) -> None:
+    lock = full.runs / "shop-0123456789abcdef.lock"
+    lock.touch()
+    entries = survey(full)
+    with process.locked(lock):
+        assert can_go(survey(full), disk.RUNS) == {HELD}
+        removal = disk.remove(full, [entry for entry in entries if entry.category == disk.RUNS])
+    assert [path.name for path in removal.removed] == [HELD] and [path.name for path in removal.left] == [OLD]
+    assert can_go(survey(full), disk.RUNS) == {OLD} and lock.exists()
+
+
+def test_a_tiny_base_that_is_being_made_stays(full: Project) -> None:
+    with process.locked(full.bases / ".tiny.lock"):
+        entries = survey(full)
+        assert can_go(entries, disk.BASES) == {"tiny-000000000000"}
+        assert disk.remove(full, [entry for entry in entries if entry.category == disk.BASES]).left
+
+
+def test_links_are_neither_followed_nor_removed(full: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    precious = put(elsewhere / HELD / "precious")
+    shutil.rmtree(full.runs / HELD)
+    (full.runs / HELD).symlink_to(elsewhere / HELD)
+    (full.runs / OLD / "inside").symlink_to(elsewhere)
+    os.utime(full.runs / OLD, (0, 0))
+    shutil.rmtree(full.state / "cache")
+    (full.state / "cache").symlink_to(elsewhere)
+    (full.mlruns / "artifacts" / "2").symlink_to(elsewhere)
+    (full.logs / "x.log.1").symlink_to(precious)
+    entries = survey(full, days=0)
+    disk.remove(full, entries)
+    assert precious.read_bytes() and (full.state / "cache").is_symlink() and (full.runs / HELD).is_symlink() and (full.logs / "x.log.1").is_symlink()
+    assert not (full.runs / OLD).exists()
+    assert all(entry.size_bytes < 5000 for entry in entries if entry.reason.startswith("links"))
+
+
+def test_a_removal_that_is_cut_short_leaves_nothing_half_there_and_the_next_ends_it(full: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [entry for entry in survey(full) if entry.path.name == OLD]
+
+    def die(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            disk.remove(full, entries)
+    assert not (full.runs / OLD).exists()
+    (rest,) = full.runs.glob(f"{disk.GONE}*")
+    assert rest.name in can_go(survey(full), disk.RUNS)
+    disk.remove(full, survey(full))
+    assert not rest.exists()
+
+
+def test_what_cannot_be_removed_is_said(full: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(f"{path}: no")
+
+    monkeypatch.setattr(disk, "discard", refuse)
+    removal = disk.remove(full, survey(full))
+    assert removal.removed == () and removal.freed_bytes == 0 and all("no" in why for why in removal.left.values())
+
+
+def test_an_empty_project_has_nothing(project: Project) -> None:
+    assert not disk.concerns_registry(project)
+    assert survey(project, asked=False) == []
+    assert "0.0 MiB of 0.0 MiB can go" in disk.summary(project, [], None)
