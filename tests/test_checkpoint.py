@@ -65,7 +65,8 @@ def test_training_goes_on_from_the_newest_complete_one_and_incomplete_ones_are_r
 def test_the_adapter_is_taken_from_the_best_checkpoint_if_training_names_one(tmp_path: Path) -> None:
     assert best(tmp_path) is None
     write_checkpoint(tmp_path, 5)
-    last = write_checkpoint(tmp_path, 10)
-    assert best(tmp_path) == last
+    last = write_checkpoint(tmp_path, 10, state={"max_steps": 10})
+    assert best(tmp_path) == last and last.is_last
+    assert not write_checkpoint(tmp_path, 5, state={"max_steps": 10}).is_last
     write_checkpoint(tmp_path, 10, state={"best_model_checkpoint": "/elsewhere/swift/checkpoint-5"})
     assert best(tmp_path) == Checkpoint(tmp_path / "checkpoint-5", 5)

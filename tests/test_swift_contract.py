@@ -99,3 +99,19 @@ def test_the_kept_checkpoints_can_be_gone_on_from_and_a_finished_training_is_not
     (first.adapter.folder).rename(tmp_path / "kept")  # as if killed after the last checkpoint, before the adapter was taken out of it
     again = train(base, rows, tmp_path)
     assert again.adapter.digest == first.adapter.digest
+
+
+def test_preferences(base: Path, rows: Dataset, tmp_path: Path) -> None:
+    pairs = tuple(dataclasses.replace(example, rejected="a grey thing") for example in rows.train)
+    trained = train(base, dataclasses.replace(rows, train=pairs), tmp_path, method="dpo", dpo={"beta": 0.5}, training={"micro_batch_size": 4})
+    first, last = trained.metrics[0][1], trained.metrics[-1][1]
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3), "the policy starts as the reference: log 2"
+    assert last["loss"] < first["loss"] and last["rewards/margins"] > 0
+
+
+def test_row_weights(base: Path, rows: Dataset, tmp_path: Path) -> None:
+    light = tuple(dataclasses.replace(example, weight=0.01) for example in rows.train)
+    plain = train(base, rows, tmp_path / "plain")
+    weighted = train(base, dataclasses.replace(rows, train=light), tmp_path / "weighted", training={"row_weights": True})
+    loss, weighted_loss = plain.metrics[0][1]["loss"], weighted.metrics[0][1]["loss"]
+    assert 0.01 * loss < weighted_loss < 0.5 * loss, "what is left is the end token's, which has no weight"

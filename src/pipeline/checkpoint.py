@@ -5,6 +5,7 @@ import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.adapter import read_adapter
 from pipeline.errors import AdapterInvalid
@@ -20,6 +21,17 @@ class Checkpoint:
     folder: Path
     step: int
 
+    @property
+    def is_last(self) -> bool:
+        """Whether all steps are done. transformers 5.19 would do one more from here."""
+        return bool(_state(self.folder)["max_steps"] == self.step)
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """What the Trainer wrote last; raises OSError or ValueError if it is missing or cut short."""
+    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text("utf-8"))
+    return state
+
 
 def checkpoints(output: Path) -> list[Checkpoint]:
     """The checkpoints below a training's output folder, complete or not, by step."""
@@ -34,8 +46,7 @@ def is_complete(checkpoint: Checkpoint, processes: int, *, sharded: bool) -> boo
     """
     folder = checkpoint.folder
     try:
-        state = json.loads((folder / STATE_FILE).read_text("utf-8"))
-        if state["global_step"] != checkpoint.step:
+        if _state(folder)["global_step"] != checkpoint.step:
             return False
         read_adapter(folder)
         pickles = [folder / "scheduler.pt"]
@@ -70,6 +81,5 @@ def best(output: Path) -> Checkpoint | None:
     found = checkpoints(output)
     if not found:
         return None
-    state = json.loads((found[-1].folder / STATE_FILE).read_text("utf-8"))
-    named = Path(state.get("best_model_checkpoint") or "").name
+    named = Path(_state(found[-1].folder).get("best_model_checkpoint") or "").name
     return next((checkpoint for checkpoint in found if checkpoint.folder.name == named), found[-1])

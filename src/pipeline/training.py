@@ -13,7 +13,6 @@ from pathlib import Path
 
 from pipeline import checkpoint, process
 from pipeline.adapter import ADAPTER_FILES, Adapter, read_adapter
-from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset, write_swift_rows
 from pipeline.errors import AdapterInvalid, ProcessFailed
 from pipeline.progress import Report
@@ -136,7 +135,6 @@ def _method_args(recipe: FinetuneRecipe) -> SwiftArgs:
 def swift_environment(recipe: FinetuneRecipe, rank_logs: Path) -> dict[str, str]:
     """What ms-swift, torchrun and DeepSpeed read from the environment for a recipe; pure. Each process's output goes to a file below `rank_logs`."""
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["PYTHONHASHSEED"] = "0"  # peft writes a set of names: equal trainings make equal files
     if recipe.training.device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -189,13 +187,17 @@ def train_adapter(recipe: FinetuneRecipe, base: Path, dataset: Dataset, folder: 
     args_file.write_text(dump_args(args), "utf-8")
     rank_logs = project.logs / f"training-{folder.name}.ranks"
     shutil.rmtree(rank_logs, ignore_errors=True)
+    log = project.logs / f"training-{folder.name}.log"
     follow_log = LogFollower(output / "logging.jsonl", on_metrics, report, resumed.step if resumed else 0)
+    if resumed and resumed.is_last:
+        follow_log.read()
+        return _collect(output, adapter, log)
     logger.info("training resumed" if resumed else "training started", extra={"step": resumed.step if resumed else 0})
     child = process.start(
         [sys.executable, "-m", "swift.cli.main", swift_command(recipe), str(args_file)],
         name="training",
         lease=folder / "training.lease",
-        log=project.logs / f"training-{folder.name}.log",
+        log=log,
         environment=project.child_environment(swift_environment(recipe, rank_logs)),
         cwd=folder,
     )
@@ -209,7 +211,7 @@ def train_adapter(recipe: FinetuneRecipe, base: Path, dataset: Dataset, folder: 
             raise failure_of(child, recipe, rank_logs)
     finally:
         child.end()
-    trained = _collect(checkpoint.best(output), adapter, child)
+    trained = _collect(output, adapter, log)
     logger.info("training ended", extra={"digest": trained.digest})
     return trained
 
@@ -226,21 +228,32 @@ def failure_of(child: process.Child, recipe: FinetuneRecipe, rank_logs: Path) ->
     return process.failure(f"{what}: process {rank} of {recipe.training.processes} {ended} and the others were ended with it", log)
 
 
-def _collect(last: Checkpoint | None, destination: Path, child: process.Child) -> Adapter:
-    """Copies the adapter's own files out of a checkpoint: nothing else of it (pickles, optimizer state) goes further."""
-    if last is None:
-        raise child.failure("training ended without a checkpoint")
+def _collect(output: Path, destination: Path, log: Path) -> Adapter:
+    """Copies the adapter's own files out of the best checkpoint: nothing else of it (pickles, optimizer state) goes further."""
+    chosen = checkpoint.best(output)
+    if chosen is None:
+        raise process.failure("training ended without a checkpoint", log)
     draft = destination.with_name("adapter.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
         for name in ADAPTER_FILES:
-            shutil.copyfile(last.folder / name, draft / name)
+            shutil.copyfile(chosen.folder / name, draft / name)
+        _sort_names(draft / ADAPTER_FILES[0])
         read_adapter(draft)
-    except (AdapterInvalid, OSError) as error:
-        raise ProcessFailed(f"training left no usable adapter: {error}; the log is {child.log}") from error
+    except (AdapterInvalid, OSError, ValueError) as error:
+        raise ProcessFailed(f"training left no usable adapter: {error}; the log is {log}") from error
     draft.rename(destination)  # from here on it is there whole, whatever kills us
     return read_adapter(destination)
+
+
+def _sort_names(config_file: Path) -> None:
+    """peft writes sets of names in any order; sorted, equal trainings make equal files and so equal digests."""
+    config = json.loads(config_file.read_text("utf-8"))
+    for key in ("target_modules", "target_parameters", "modules_to_save"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
+    config_file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 class LogFollower:
