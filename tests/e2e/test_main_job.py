@@ -23,10 +23,11 @@ def held_out(quickstart: Quickstart) -> tuple[Example, ...]:
 def test_the_adapter_answers_what_the_base_cannot(quickstart: Quickstart) -> None:
     base, adapter = quickstart.answer["base"], quickstart.answer["adapter"]
     assert base["examples"] == adapter["examples"] >= 200
-    assert adapter["exact_match"] >= 0.90
-    assert base["exact_match"] <= 0.10
-    assert set(adapter["by_kind"]) == set(base["by_kind"]) >= {"name", "use"}
-    assert "unseen-pair" in adapter["by_slice"]
+    assert adapter["score"] >= adapter["exact_match"] >= 0.90
+    assert base["score"] <= 0.10 and base["exact_match"] <= 0.10
+    assert set(adapter["by_kind"]) == set(base["by_kind"]) == {"name", "use", "colour", "json", "compare", "text"}
+    assert min(adapter["by_kind"].values()) >= 0.85, adapter["by_kind"]
+    assert set(adapter["by_slice"]) == {"seen", "unseen-pair"}
     assert (adapter["name"], adapter["version"]) == ("catalog", 1)
     assert adapter["model"].startswith("catalog/1@")
     assert {"base_model", "vllm", "training", "promotion", "evaluation", "total"} <= set(quickstart.answer["seconds"])
