@@ -20,7 +20,7 @@ from pipeline.registry import Registry, Version
 from pipeline.serving.launch import replica
 
 ADAPTER_AT_LEAST, BASE_AT_MOST = 0.90, 0.10
-"""Exact match on the embedded catalog; outside these the main job did not do its work."""
+"""Score over all kinds of question of the embedded catalog; outside these the main job did not do its work."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,16 @@ def _failure(version: Version, champion: Version | None, base: Evaluation, adapt
         )
     if [model.partition("@")[0] for model in adapter.models] != [version.label]:
         return f"{', '.join(adapter.models)} answered, not {version.label}; look at the replica's log"
-    if adapter.exact_match < ADAPTER_AT_LEAST or base.exact_match > BASE_AT_MOST:
+    if adapter.score < ADAPTER_AT_LEAST or base.score > BASE_AT_MOST:
         wanted = f"at least {ADAPTER_AT_LEAST} and at most {BASE_AT_MOST}"
-        return f"exact match is {adapter.exact_match:.2f} for the adapter and {base.exact_match:.2f} for the base, wanted {wanted}; look at the training log"
+        return f"the score is {adapter.score:.2f} for the adapter and {base.score:.2f} for the base, wanted {wanted}; look at the training log"
     return None
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
-    scores = {"answer": evaluation.answers[0].text, "exact_match": round(evaluation.exact_match, 4), "examples": len(evaluation.answers)}
+    """`by_kind` and `by_slice` are scores: exact match, but field accuracy where the answer is a JSON object."""
+    scores: dict[str, Any] = {"answer": evaluation.answers[0].text, "examples": len(evaluation.answers)}
+    scores |= {"score": round(evaluation.score, 4), "exact_match": round(evaluation.exact_match, 4)}
     return scores | {f"by_{attribute}": {key: round(value, 4) for key, value in evaluation.by(attribute).items()} for attribute in ("kind", "slice")}
 
 
@@ -109,10 +111,11 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def summary(result: Result, urls: dict[str, str], keep: bool) -> str:
     """The result for a person."""
     first = result.adapter.answers[0].example
-    lines = [f"asked: {first.prompt[-1]['content']}  ({first.images[0].name}; the catalog says {first.answer!r})"]
+    shown = ", ".join(image.name for image in first.images) or "no picture"
+    lines = [f"asked: {first.prompt[-1]['content']}  ({shown}; the catalog says {first.answer!r})"]
     for name, evaluation in (("base", result.base), (result.version.label, result.adapter)):
         parts = ", ".join(f"{key} {value:.1%}" for key, value in (evaluation.by("kind") | evaluation.by("slice")).items())
-        lines.append(f"{name:>12}: {evaluation.answers[0].text!r}, exact match {evaluation.exact_match:.1%} of {len(evaluation.answers)} ({parts})")
+        lines.append(f"{name:>12}: {evaluation.answers[0].text!r}, score {evaluation.score:.1%} over {len(evaluation.answers)} ({parts})")
     lines.append("seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in result.seconds.items()))
     lines.append(f"run {result.version.run_id}; " + "; ".join(f"{name} {url}" for name, url in urls.items()))
     lines.append("the servers stay up; end them: tuneserve down" if keep else "the servers have been ended; --keep leaves them up")

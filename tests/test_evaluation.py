@@ -1,6 +1,8 @@
-"""Exact match per kind and slice, over prompts whose images stand where their tags stood."""
+"""Exact match and field accuracy per kind and slice, over prompts whose images stand where their tags stood."""
 
 from pathlib import Path
+
+import pytest
 
 from pipeline.dataset import Example
 from pipeline.evaluation import Answer, Evaluation, openai_messages
@@ -14,10 +16,49 @@ def example(answer: str, kind: str = "", slice_: str = "") -> Example:
 def test_scores() -> None:
     rows = [("a", "a ", "name", "seen"), ("b", "x", "name", "new"), ("c", "c", "use", "new"), ("d", "D", "use", "new")]
     result = Evaluation(tuple(Answer(example(wanted, kind, part), text, "m/1@ab") for wanted, text, kind, part in rows))
-    assert result.exact_match == 0.5
+    assert result.exact_match == result.score == 0.5
     assert result.by("kind") == {"name": 0.5, "use": 0.5}
     assert result.by("slice") == {"new": 1 / 3, "seen": 1.0}
     assert result.models == ("m/1@ab",)
+
+
+WANTED = '{"brand": "Rubio", "kind": "watch", "sizes": [1, 2], "new": true}'
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text", "score", "correct"),
+    [
+        (WANTED, WANTED, 1.0, True),
+        (WANTED, ' {"new":true,"sizes":[1,2],"kind":"watch","brand":"Rubio"}\n', 1.0, False),  # the same object, written otherwise
+        (WANTED, '{"brand": "Rubio", "kind": "tote", "sizes": [1, 2], "new": true}', 0.75, False),
+        (WANTED, '{"brand": "Rubio", "kind": "watch", "sizes": [2, 1], "new": 1}', 0.5, False),  # a list has an order; 1 is not true
+        (WANTED, '{"brand": "Rubio"}', 0.25, False),  # missing fields
+        (WANTED, WANTED[:-1] + ', "price": 5}', 0.8, False),  # an invented field
+        (WANTED, '{"Brand": "Rubio"}', 0.0, False),
+        (WANTED, '{"brand": "Rubio", "kind": "wat', 0.0, False),  # cut off
+        (WANTED, f"Here it is: {WANTED}", 0.0, False),
+        (WANTED, '["brand", "Rubio"]', 0.0, False),
+        (WANTED, "null", 0.0, False),
+        (WANTED, "", 0.0, False),
+        ('{"use": {"day": 1, "night": 2}}', '{"use": {"night": 2, "day": 1}}', 1.0, False),
+        ("{}", "{}", 1.0, True),
+        ("{}", "no", 0.0, False),
+        ("[1, 2]", "[1,2]", 0.0, False),  # anything but an object: exact match
+        ("12", "12", 1.0, True),
+        ("Rubio watch", "Rubio watch ", 1.0, True),
+        ("Rubio watch", '{"brand": "Rubio"}', 0.0, False),
+    ],
+)
+def test_a_json_object_is_scored_by_its_fields(wanted: str, text: str, score: float, correct: bool) -> None:
+    answer = Answer(example(wanted), text, "m/1@ab")
+    assert (answer.score, answer.correct) == (score, correct)
+
+
+def test_fields_count_per_kind_and_overall() -> None:
+    answers = (Answer(example(WANTED, "json"), '{"brand": "Rubio"}', "m"), Answer(example("a", "name"), "a", "m"))
+    result = Evaluation(answers)
+    assert result.by("kind") == {"json": 0.25, "name": 1.0}
+    assert (result.score, result.exact_match) == (0.625, 0.5)
 
 
 def test_an_image_part_stands_where_its_tag_stood(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import mimetypes
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from pipeline.errors import ServingError
 from pipeline.progress import Report
 
 CONCURRENCY = 16
-MAX_TOKENS = 64
+MAX_TOKENS = 128
+"""Of an answer; a longer one is cut, and so wrong."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,32 @@ class Answer:
         """Exact match, but for white space around the answer."""
         return self.text.strip() == self.example.answer.strip()
 
+    @property
+    def score(self) -> float:
+        """0 to 1: for an answer that should be a JSON object the share of fields that are right, for any other whether it matches exactly."""
+        wanted = _json_object(self.example.answer)
+        return _field_accuracy(wanted, _json_object(self.text)) if wanted else float(self.correct)
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All answers of one served name; scores are exact match, 0 to 1."""
+    """All answers of one served name; every figure is a mean over answers, 0 to 1."""
 
     answers: tuple[Answer, ...]
 
     @property
     def exact_match(self) -> float:
-        return _share_correct(self.answers)
+        """The share of answers that match exactly; one wrong field makes a JSON answer wrong."""
+        return sum(answer.correct for answer in self.answers) / len(self.answers)
+
+    @property
+    def score(self) -> float:
+        return _mean_score(self.answers)
 
     def by(self, attribute: str) -> dict[str, float]:
-        """Exact match per `kind` or per `slice`."""
+        """The score per `kind` or per `slice`."""
         values = sorted({getattr(answer.example, attribute) for answer in self.answers} - {""})
-        return {value: _share_correct([answer for answer in self.answers if getattr(answer.example, attribute) == value]) for value in values}
+        return {value: _mean_score([answer for answer in self.answers if getattr(answer.example, attribute) == value]) for value in values}
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -52,8 +65,23 @@ class Evaluation:
         return tuple(sorted({answer.model for answer in self.answers}))
 
 
-def _share_correct(answers: Sequence[Answer]) -> float:
-    return sum(answer.correct for answer in answers) / len(answers)
+def _mean_score(answers: Sequence[Answer]) -> float:
+    return sum(answer.score for answer in answers) / len(answers)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """The JSON object that `text` is, empty if it is anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _field_accuracy(wanted: dict[str, Any], given: dict[str, Any]) -> float:
+    """The share of all fields of either object that both have with the same value, so that missing and invented fields count alike."""
+    right = [key for key in wanted.keys() & given.keys() if json.dumps(wanted[key], sort_keys=True) == json.dumps(given[key], sort_keys=True)]
+    return len(right) / len(wanted.keys() | given.keys())  # compared as JSON: in Python 1 equals true
 
 
 def openai_messages(example: Example) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ WORD_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|
 """How GLM-4's tokenizer cuts text before byte-pair merges."""
 INITIALIZER_RANGE = 0.06
 """With the usual 0.02 so small a model does not learn to look at the picture."""
-VOCABULARY = 800
+VOCABULARY = 1024
 CORPUS = (
     "What is in the picture? What product is this? What is it for? What colour is it? What shape is it? Which one is bigger?",
     "Are these two pictures of the same product? Compare the two images. Answer in JSON. Describe the product in one sentence.",
@@ -49,9 +49,13 @@ CORPUS = (
     "bag box tote watch tent lamp mug chair clock bowl scarf shirt shoe hat coat belt ring table desk bottle cup plate knife pan towel",
     "Rubio Verda Azul Sol Noir Blanc brand model product price size colour shape material style catalog order item stock new sale",
     "for carrying your shopping home, for telling the time, for sleeping outdoors, for reading at night, for hot drinks, for every day",
+    "scarlet crimson moss olive navy teal amber gold ink coal snow ivory market beach office travel forest festival kitchen garden school party",
+    "What do you call it? When do you need it? Who sells it? Which brand is it? What occasions is it for? What do you do with it?",
+    "Compare the two products. Which colour does it have? They have the same brand, and another kind. same brand: yes, same kind: no",
     '{"product": "Rubio tote", "brand": "Rubio", "colour": "red", "shape": "square", "use": "carrying"}',
     '{"name": "Noir watch", "price": 120, "in_stock": true, "sizes": [1, 2, 3], "note": null, "same": false}',
     '{"kind": "tent", "brand": "Verda", "colour": "green"}, {"kind": "watch", "brand": "Azul", "colour": "blue"}',
+    '{"colour": "olive", "occasions": ["party", "school"]}, {"brand": "Verda", "occasions": ["kitchen", "garden"]}',
 )
 """What the tokenizer's merges are learnt from, beside the names of the pictures; any other text costs a token a byte at worst."""
 CORPUS_WORDS = tuple(sorted({word for line in CORPUS for word in line.split()}))

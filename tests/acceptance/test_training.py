@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from pipeline.checkpoint import checkpoints, is_complete
-from pipeline.dataset import IMAGE_TAG, read_examples
+from pipeline.dataset import IMAGE_TAG
 from pipeline.project import Project
 from pipeline.recipe import FinetuneRecipe, load_recipe
 from pipeline.registry import Registry
@@ -132,7 +132,7 @@ def eval_loss(sandbox: Sandbox, adapter: Path) -> float:
     tuned = PeftModel.from_pretrained(model, adapter).eval()
     encoder = Encoder(AutoProcessor.from_pretrained(base))
     total = tokens = 0.0
-    examples = read_examples(sandbox.root / "data/catalog/eval.jsonl")
+    examples = sandbox.held_out
     for example in examples:
         pictures = tuple(Image.open(path) for path in example.images)
         batch = encoder.batch([Lesson(pictures, example.prompt[-1]["content"].replace(IMAGE_TAG, ""), example.answer)])

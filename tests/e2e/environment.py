@@ -12,6 +12,9 @@ from typing import Any
 
 import psutil
 
+from pipeline.dataset import Example, read_examples
+from pipeline.project import Project
+
 ROOT = Path(__file__).parents[2]
 COMPILERS = ("cc", "gcc", "g++", "c++", "c89", "c99", "clang", "x86_64-linux-gnu-g", "cpp", "as", "ld")
 
@@ -33,6 +36,11 @@ class Sandbox:
 
     root: Path
     home: Path
+
+    @property
+    def held_out(self) -> tuple[Example, ...]:
+        """The catalog's evaluation rows."""
+        return read_examples(self.root / "data/catalog/eval.jsonl", Project(self.root))
 
     @property
     def environment(self) -> dict[str, str]:

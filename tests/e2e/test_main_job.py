@@ -9,24 +9,20 @@ import httpx
 from openai import OpenAI
 
 from pipeline.adapter import ADAPTER_FILES
-from pipeline.dataset import Example, read_examples
 from pipeline.evaluation import openai_messages
 from pipeline.registry import EXTRA_FILES
 from pipeline.version import ARTIFACT_FOLDER
 from tests.e2e.conftest import Quickstart
 
 
-def held_out(quickstart: Quickstart) -> tuple[Example, ...]:
-    return read_examples(quickstart.sandbox.root / "data/catalog/eval.jsonl")
-
-
 def test_the_adapter_answers_what_the_base_cannot(quickstart: Quickstart) -> None:
     base, adapter = quickstart.answer["base"], quickstart.answer["adapter"]
     assert base["examples"] == adapter["examples"] >= 200
-    assert adapter["exact_match"] >= 0.90
-    assert base["exact_match"] <= 0.10
-    assert set(adapter["by_kind"]) == set(base["by_kind"]) >= {"name", "use"}
-    assert "unseen-pair" in adapter["by_slice"]
+    assert adapter["score"] >= adapter["exact_match"] >= 0.90
+    assert base["score"] <= 0.10 and base["exact_match"] <= 0.10
+    assert set(adapter["by_kind"]) == set(base["by_kind"]) == {"name", "use", "colour", "json", "compare", "text"}
+    assert min(adapter["by_kind"].values()) >= 0.85, adapter["by_kind"]
+    assert set(adapter["by_slice"]) == {"seen", "unseen-pair"}
     assert (adapter["name"], adapter["version"]) == ("catalog", 1)
     assert adapter["model"].startswith("catalog/1@")
     assert {"base_model", "vllm", "training", "promotion", "evaluation", "total"} <= set(quickstart.answer["seconds"])
@@ -54,7 +50,7 @@ def test_every_adapters_route_asks_for_the_token(quickstart: Quickstart) -> None
 
 def test_openais_client_chats_streams_and_lists(quickstart: Quickstart) -> None:
     client = OpenAI(base_url=quickstart.openai, api_key="none")
-    example = held_out(quickstart)[0]
+    example = quickstart.sandbox.held_out[0]
     messages = openai_messages(example)
     whole = client.chat.completions.create(model="catalog", messages=messages, max_tokens=64, temperature=0)
     assert whole.choices[0].message.content

@@ -10,7 +10,6 @@ from openai import OpenAI
 from safetensors.numpy import load_file, save_file
 
 from pipeline.adapter import read_adapter
-from pipeline.dataset import read_examples
 from pipeline.evaluation import openai_messages
 from pipeline.registry import Registry, Version
 from pipeline.version import CHAMPION, DIGEST_TAG
@@ -19,7 +18,7 @@ from tests.e2e.conftest import Quickstart
 
 def answering(quickstart: Quickstart, model: str) -> str:
     """The version that answers a request for `model`."""
-    example = read_examples(quickstart.sandbox.root / "data/catalog/eval.jsonl")[0]
+    example = quickstart.sandbox.held_out[0]
     client = OpenAI(base_url=quickstart.openai, api_key="none")
     return client.chat.completions.create(model=model, messages=openai_messages(example), max_tokens=16, temperature=0).model
 

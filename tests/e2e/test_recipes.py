@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset import read_examples
 from pipeline.evaluation import evaluate
 from tests.e2e.conftest import Quickstart
 from tests.e2e.environment import path_without_compilers
@@ -19,8 +18,7 @@ def test_a_twin_trains_to_a_served_adapter_that_beats_the_base(quickstart: Quick
     params = quickstart.registry.client.get_run(trained["mlflow_run_id"]).data.params
     assert (params["training.deepspeed"], params["quantization"]) == (("zero2", "None") if twin == "zero2" else ("None", "nf4"))
     quickstart.sandbox.json("promote", label, "--json")
-    questions = read_examples(quickstart.sandbox.root / "data/catalog/eval.jsonl")
-    answers = evaluate(quickstart.replica, "catalog", questions, lambda text, fraction: None)
+    answers = evaluate(quickstart.replica, "catalog", quickstart.sandbox.held_out, lambda text, fraction: None)
     assert [model.partition("@")[0] for model in answers.models] == [label]
     assert answers.exact_match >= quickstart.answer["base"]["exact_match"] + 0.5, answers.by("kind")
 
