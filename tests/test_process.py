@@ -55,6 +55,20 @@ def test_nothing_survives_the_death_of_its_parent(tmp_path: Path, number: signal
     wait_for(lambda: not marked(tmp_path), seconds=10.0)
 
 
+def test_what_a_killed_parent_started_is_waited_for(tmp_path: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), STUBBORN])
+    wait_for(lambda: (tmp_path / "log").exists() and "up" in (tmp_path / "log").read_text() and len(marked(tmp_path)) >= 4)
+    with pytest.raises(ProcessFailed, match="still runs"):
+        process.wait_ended(tmp_path / "lease", timeout_seconds=0.3)
+    parent.kill()
+    parent.wait()
+    process.wait_ended(tmp_path / "lease")
+    assert not marked(tmp_path)
+    (tmp_path / "lease").touch()  # as a power cut leaves it
+    process.wait_ended(tmp_path / "lease")
+    assert not (tmp_path / "lease").exists()
+
+
 def test_end_ends_all_and_a_failure_names_the_log(tmp_path: Path) -> None:
     environment = Project(tmp_path).child_environment()
     start = lambda code: process.start(  # noqa: E731

@@ -5,16 +5,21 @@ import fcntl
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from pipeline.errors import ProcessFailed
 
 GRACE_SECONDS = 4.0
 """From SIGTERM to SIGKILL; with the supervisor's poll this keeps the end of everything under 10 s."""
 
+END_SECONDS = 30.0
+"""What a command may take to end once its holders are dead."""
 EXCEPTION_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): .+")
 
 
@@ -81,6 +86,21 @@ def is_leased(lease: Path) -> bool:
             return True
         except BlockingIOError:
             return False  # its supervisor is ending it
+
+
+def supervised(lease_prefix: str) -> bool:
+    """Whether a supervisor runs, or still ends, a command whose lease's path starts so."""
+    return any(argument.startswith(lease_prefix) for found in psutil.process_iter(["cmdline"]) for argument in (found.info["cmdline"] or [])[:5])
+
+
+def wait_ended(lease: Path, timeout_seconds: float = END_SECONDS) -> None:
+    """Returns once nothing of the command of `lease` runs any more, whose holders are dead. Raises ProcessFailed if it does not end."""
+    deadline = time.monotonic() + timeout_seconds
+    while supervised(str(lease)):
+        if time.monotonic() > deadline:
+            raise ProcessFailed(f"an earlier command of {lease} still runs; if no other tuneserve uses it, end its supervisor (pipeline.supervisor {lease})")
+        time.sleep(0.1)
+    lease.unlink(missing_ok=True)  # left behind by a power cut, say
 
 
 def start(

@@ -131,18 +131,12 @@ def _join(project: Project, name: str) -> tuple[Service, IO[bytes]] | None:
         if running is not None:
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 return running, process.join_lease(Path(running.lease))
-        elif not _half_started(project, name):
+        elif not process.supervised(str(project.services / f"{name}@")):  # by a command that was killed before it could record the service
             for stale in project.services.glob(f"{name}@*.lease*"):  # after a power cut, say
                 stale.unlink()
             return None
         time.sleep(0.1)
     raise ServingError(f"{name} is still ending; its log is {project.logs / f'{name}.log'}")
-
-
-def _half_started(project: Project, name: str) -> bool:
-    """Whether a supervisor of that service still runs, for a command that was killed before it could record the service."""
-    prefix = str(project.services / f"{name}@")
-    return any(argument.startswith(prefix) for found in psutil.process_iter(["cmdline"]) for argument in (found.info["cmdline"] or [])[:5])
 
 
 def _start(

@@ -25,6 +25,8 @@ OnMetrics = Callable[[int, Mapping[str, float]], None]
 """Called with the optimizer step and what ms-swift logged there."""
 MODEL_TYPE, TEMPLATE = "glm4v_moe", "glm4_5v"
 PLUGIN = Path(__file__).with_name("swift_plugin.py")
+ARGS_FILE, LEASE = "swift_args.json", "training.lease"
+"""In a training's folder."""
 LOGGING_STEPS = 5
 POLL_SECONDS = 0.5
 KEPT_CHECKPOINTS = 2
@@ -176,28 +178,37 @@ def train_adapter(recipe: FinetuneRecipe, base: Path, dataset: Dataset, folder: 
     adapter, output = folder / "adapter", folder / "swift"
     if adapter.is_dir():
         return read_adapter(adapter)
+    process.wait_ended(folder / LEASE)  # of a killed command the training may still be ending
     output.mkdir(parents=True, exist_ok=True)
-    training = recipe.training
-    resumed = checkpoint.resume_point(output, training.processes, sharded=training.deepspeed is not None)
-    write_swift_rows(dataset.train, folder / "train.jsonl")
-    args = swift_args(recipe, base, folder / "train.jsonl", output)
-    if resumed:
-        args["resume_from_checkpoint"] = str(resumed.folder)
-    args_file = folder / "swift_args.json"
-    args_file.write_text(dump_args(args), "utf-8")
-    rank_logs = project.logs / f"training-{folder.name}.ranks"
-    shutil.rmtree(rank_logs, ignore_errors=True)
-    log = project.logs / f"training-{folder.name}.log"
+    resumed = checkpoint.resume_point(output, recipe.training.processes, sharded=recipe.training.deepspeed is not None)
     follow_log = LogFollower(output / "logging.jsonl", on_metrics, report, resumed.step if resumed else 0)
     if resumed and resumed.is_last:
         follow_log.read()
-        return _collect(output, adapter, log)
-    logger.info("training resumed" if resumed else "training started", extra={"step": resumed.step if resumed else 0})
+    else:
+        write_swift_rows(dataset.train, folder / "train.jsonl")
+        args = swift_args(recipe, base, folder / "train.jsonl", output)
+        if resumed:
+            args["resume_from_checkpoint"] = str(resumed.folder)
+        (folder / ARGS_FILE).write_text(dump_args(args), "utf-8")
+        logger.info("training resumed" if resumed else "training started", extra={"step": resumed.step if resumed else 0})
+        _run_swift(recipe, folder, project, follow_log)
+    trained = _collect(output, adapter, _log(project, folder))
+    logger.info("training ended", extra={"digest": trained.digest})
+    return trained
+
+
+def _log(project: Project, folder: Path) -> Path:
+    return project.logs / f"training-{folder.name}.log"
+
+
+def _run_swift(recipe: FinetuneRecipe, folder: Path, project: Project, follow_log: "LogFollower") -> None:
+    rank_logs = _log(project, folder).with_suffix(".ranks")
+    shutil.rmtree(rank_logs, ignore_errors=True)
     child = process.start(
-        [sys.executable, "-m", "swift.cli.main", swift_command(recipe), str(args_file)],
+        [sys.executable, "-m", "swift.cli.main", swift_command(recipe), str(folder / ARGS_FILE)],
         name="training",
-        lease=folder / "training.lease",
-        log=log,
+        lease=folder / LEASE,
+        log=_log(project, folder),
         environment=project.child_environment(swift_environment(recipe, rank_logs)),
         cwd=folder,
     )
@@ -211,9 +222,6 @@ def train_adapter(recipe: FinetuneRecipe, base: Path, dataset: Dataset, folder: 
             raise failure_of(child, recipe, rank_logs)
     finally:
         child.end()
-    trained = _collect(output, adapter, log)
-    logger.info("training ended", extra={"digest": trained.digest})
-    return trained
 
 
 def failure_of(child: process.Child, recipe: FinetuneRecipe, rank_logs: Path) -> ProcessFailed:
