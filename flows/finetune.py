@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import flow, task
@@ -13,6 +13,7 @@ from pipeline import basemodel, dataset, journal, lineage, registry, row_statist
 from pipeline.adapter import Adapter
 from pipeline.basemodel import BaseModel
 from pipeline.dataset import Dataset, Deep
+from pipeline.errors import Fault, InvalidInput
 from pipeline.lineage import Inputs
 from pipeline.preflight import checked_rows
 from pipeline.process import locked
@@ -72,8 +73,10 @@ def finetune(recipe_path: str, force: bool = False) -> Finetuned:
             logger.info("nothing to train", extra={"model": found.name, "version": found.version, "digest": found.digest})
             return Finetuned(found, trained=False)
         rows = load_dataset(recipe, base, project)
+        if not rows.is_part_of(given):  # else the version would stand for rows that it was not trained on
+            raise InvalidInput([Fault(str(recipe.dataset.train), "", "the rows changed while training was prepared; run it again")])
         left = [] if force else [run_id for run_id in registered.unfinished(recipe.name, inputs.digest) if (project.runs / run_id).is_dir()]
-        params, tags = registry.flat(recipe.model_dump(mode="json")), lineage.lineage_of(recipe, replace(inputs, rows=rows), project.root)
+        params, tags = registry.flat(recipe.model_dump(mode="json")), lineage.lineage_of(recipe, inputs, project.root)
         with registered.run(recipe.name, params, tags, resume=next(iter(left), None)) as run, journal.about(run_id=run.run_id, model=recipe.name):
             run.log_metrics(0, rows.metrics())
             began = time.monotonic()

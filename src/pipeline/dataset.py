@@ -43,6 +43,12 @@ class Dataset:
     """Of each split by name; empty unless tokens were counted."""
     dropped: tuple[int, int] = (0, 0)
     """Bad rows left out of train and eval."""
+    row_digests: tuple[tuple[str, ...], ...] = ()
+    """Of each row of train and of eval."""
+
+    def is_part_of(self, other: "Dataset") -> bool:
+        """Whether all its rows are rows of `other`."""
+        return all(set(mine) <= set(others) for mine, others in zip(self.row_digests, other.row_digests, strict=True))
 
     def metrics(self) -> dict[str, float]:
         """Its statistics as metrics of a run."""
@@ -74,9 +80,9 @@ def load_dataset(files: DatasetFiles, project: Project, deep: Deep | None = None
     if check.faults:
         raise InvalidInput(check.faults)
     digest_of = _ImageDigests(check.image_digests)
-    digests = [[_example_digest(example, digest_of) for example in split] for split in (check.train, check.eval)]
+    digests = tuple(tuple(_example_digest(example, digest_of) for example in split) for split in (check.train, check.eval))
     digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    return Dataset(check.train, check.eval, digest, check.warnings, tuple(check.statistics.items()), check.dropped)
+    return Dataset(check.train, check.eval, digest, check.warnings, tuple(check.statistics.items()), check.dropped, digests)
 
 
 def read_examples(path: Path, project: Project, max_bad_rows: int = 0) -> tuple[Example, ...]:

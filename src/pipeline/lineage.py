@@ -23,6 +23,7 @@ class Inputs:
 
     base: BaseModel
     rows: Dataset
+    """As they are given; bad ones that the recipe lets be left out may still be among them."""
     args: training.SwiftArgs
     """As they are published."""
     digest: str
