@@ -15,7 +15,7 @@ from pipeline.basemodel import BaseModel
 from pipeline.dataset import Dataset, Deep
 from pipeline.errors import Fault, InvalidInput
 from pipeline.lineage import Inputs
-from pipeline.preflight import checked_rows
+from pipeline.preflight import checked_rows, refuse_misfit
 from pipeline.process import locked
 from pipeline.progress import progress
 from pipeline.project import Project, find_project
@@ -66,18 +66,21 @@ def finetune(recipe_path: str, force: bool = False) -> Finetuned:
     recipe = load_recipe(Path(recipe_path), FinetuneRecipe)
     given = checked_rows(Path(recipe_path), recipe, project)
     base = prepare_base(recipe.base_model, project)
+    refuse_misfit(Path(recipe_path), recipe, base)
     inputs = lineage.inputs_of(recipe, base, given)
     registered = Registry(registry.tracking_uri())
     with locked(project.runs / f"{recipe.name}-{inputs.digest[:16]}.lock", lambda: print(WAITING.format(recipe.name), file=sys.stderr)):
         if not force and (found := registered.trained(recipe.name, inputs.digest)):
             logger.info("nothing to train", extra={"model": found.name, "version": found.version, "digest": found.digest})
+            registered.close(found.run_id)  # open still if its command was killed right after it had registered
             return Finetuned(found, trained=False)
         rows = load_dataset(recipe, base, project)
-        if not rows.is_part_of(given):  # else the version would stand for rows that it was not trained on
+        if not rows.is_of(given):  # else the version would stand for rows that it was not trained on
             raise InvalidInput([Fault(str(recipe.dataset.train), "", "the rows changed while training was prepared; run it again")])
         left = [] if force else [run_id for run_id in registered.unfinished(recipe.name, inputs.digest) if (project.runs / run_id).is_dir()]
         params, tags = registry.flat(recipe.model_dump(mode="json")), lineage.lineage_of(recipe, inputs, project.root)
         with registered.run(recipe.name, params, tags, resume=next(iter(left), None)) as run, journal.about(run_id=run.run_id, model=recipe.name):
+            (project.runs / run.run_id).mkdir(parents=True, exist_ok=True)  # from here on a killed training is found again
             run.log_metrics(0, rows.metrics())
             began = time.monotonic()
             adapter = train_adapter(recipe, base, rows, run, project)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import STATE_FILE, Checkpoint, best, checkpoints, is_complete, resume_point
+from pipeline.checkpoint import STATE_FILE, Checkpoint, best, checkpoints, evaluations_without_gain, is_complete, resume_point
 from tests.conftest import write_adapter
 
 ONE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -65,8 +65,22 @@ def test_training_goes_on_from_the_newest_complete_one_and_incomplete_ones_are_r
 def test_the_adapter_is_taken_from_the_best_checkpoint_if_training_names_one(tmp_path: Path) -> None:
     assert best(tmp_path) is None
     write_checkpoint(tmp_path, 5)
-    last = write_checkpoint(tmp_path, 10, state={"max_steps": 10})
-    assert best(tmp_path) == last and last.is_last
-    assert not write_checkpoint(tmp_path, 5, state={"max_steps": 10}).is_last
+    last = write_checkpoint(tmp_path, 10)
+    assert best(tmp_path) == last
     write_checkpoint(tmp_path, 10, state={"best_model_checkpoint": "/elsewhere/swift/checkpoint-5"})
     assert best(tmp_path) == Checkpoint(tmp_path / "checkpoint-5", 5)
+
+
+def test_the_last_checkpoint_is_known_by_steps_or_by_patience(tmp_path: Path) -> None:
+    losses = [{"eval_loss": loss} for loss in (3.0, 1.0, 2.0, 2.0)]
+    assert write_checkpoint(tmp_path, 10, state={"max_steps": 10, "log_history": []}).is_last(None)
+    middle = write_checkpoint(tmp_path, 5, state={"max_steps": 10, "log_history": [{"loss": 1.0}, *losses]})
+    assert not middle.is_last(None) and not middle.is_last(3) and middle.is_last(2)
+    assert [evaluations_without_gain(losses[:count]) for count in range(5)] == [0, 0, 0, 1, 2]
+
+
+def test_a_training_that_goes_on_takes_the_new_intervals(tmp_path: Path) -> None:
+    found = write_checkpoint(tmp_path, 5, state={"save_steps": 50, "logging_steps": 5})
+    found.take_cadence({"save_steps": 10, "logging_steps": 5})
+    assert json.loads((found.folder / STATE_FILE).read_text("utf-8")) == {"global_step": 5, "save_steps": 10, "logging_steps": 5}
+    assert is_complete(found, 1, sharded=False)

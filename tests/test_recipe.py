@@ -68,11 +68,11 @@ def test_relations_between_fields_name_a_field_and_a_value_that_works(tmp_path: 
         ("training: {device: cpu, attention: flash_attention_2}", {"training.attention"}),
         ("training: {packing: true}", {"training.packing"}),
         ("lora: {layers: [3, 1], target_modules: [gate_proj], dropout: 0.1}", {"lora.layers", "lora.dropout", "lora.target_modules"}),
-        ("lora: {target_modules: [q_proj, 'a.*b']}", {"lora.target_modules.1"}),
+        ("lora: {target_modules: [q_proj, 'a.*b', proj]}", {"lora.target_modules.1", "lora.target_modules.2"}),
+        ("training: {scheduler: constant, seed: 4294967296}", {"training.scheduler", "training.seed"}),
         ("lora: {layers: [1]}", {"lora.layers.1"}),
         ("quantization: nf4\ntraining: {deepspeed: zero3}", {"training.deepspeed"}),
         ("dpo: {beta: 0.2}", {"dpo"}),
-        ("method: dpo\ntraining: {packing: true, attention: flash_attention_2}", {"training.packing"}),
         ("training: {early_stopping: {patience: 3}}", {"training.early_stopping.patience"}),
     ],
 )

@@ -92,6 +92,36 @@ def test_a_run_that_ended_badly_is_found_and_goes_on_as_the_same_run(registry: R
     assert registry.unfinished("hats", "i") == []
 
 
+def test_each_metric_goes_on_from_its_own_last_step(registry: Registry) -> None:
+    with pytest.raises(KeyboardInterrupt), registry.run("caps", {}, {}) as run:
+        run.log_metrics(5, {"loss": 1.0})
+        raise KeyboardInterrupt  # before the evaluation of step 5 was logged
+    with registry.run("caps", {}, {}, resume=run.run_id) as again:
+        again.log_metrics(5, {"loss": 1.0})
+        for _ in range(2):  # an old line of the log, then the resumed training's own
+            again.log_metrics(5, {"eval_loss": 2.0})
+    assert [[point.value for point in registry.client.get_metric_history(run.run_id, key)] for key in ("loss", "eval_loss")] == [[1.0], [2.0]]
+
+
+def test_a_run_that_was_left_open_is_closed(registry: Registry) -> None:
+    run_id = registry.client.create_run(registry._experiment_id()).info.run_id
+    for _ in range(2):
+        registry.close(run_id)
+        assert registry.client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_version_whose_answer_was_lost_is_not_made_twice(registry: Registry, tmp_path: Path) -> None:
+    with registry.run("gloves", {}, {}) as run:
+        first, second = (registry.register("gloves", run.run_id, read_adapter(write_adapter(tmp_path / "a")), EXTRA, "base", "template", "i") for _ in range(2))
+    assert first == second and first.version == "1"
+
+
+def test_a_damaged_database_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(RegistryError, match="cannot be read"):
+        Registry(f"sqlite:///{tmp_path}/mlflow.db").trained("shop", "i")
+
+
 def test_what_is_not_registered_is_said(registry: Registry) -> None:
     assert registry.champion("nothing") is None
     with pytest.raises(RegistryError, match="tuneserve train"):
@@ -172,6 +202,9 @@ class Flaky:
     def log_text(self, run_id: str, text: str, path: str) -> None: ...
 
     def create_registered_model(self, name: str) -> None: ...
+
+    def search_model_versions(self, filter_string: str) -> list[SimpleNamespace]:
+        return []
 
     def create_model_version(self, name: str, source: str, run_id: str, tags: dict[str, str]) -> SimpleNamespace:
         return SimpleNamespace(name=name, version=1, tags=tags, run_id=run_id)

@@ -66,6 +66,8 @@ def test_batches_and_deepspeed_on_gpus() -> None:
 
 
 def test_deepspeed_on_the_cpu_brings_the_plugin_that_spares_the_compiler() -> None:
+    recipe = variant(training={"deepspeed": "zero2"})
+    assert swift_environment(recipe, LOGS)["NPROC_PER_NODE"] == "1", "without a launcher DeepSpeed looks for MPI"
     (plugin,) = args_of(training={"processes": 2, "micro_batch_size": 8, "deepspeed": "zero2"})["external_plugins"]  # type: ignore[union-attr]
     assert Path(str(plugin)).is_file()
 
@@ -118,7 +120,7 @@ def test_the_input_digest_is_of_what_decides_the_result() -> None:
     versions = {"version.ms-swift": "4.6.0", "version.trl": "1"}
 
     def digest(recipe: FinetuneRecipe, folder: str = "", template: str = "t", versions: dict[str, str] = versions) -> str:
-        return input_digest(published_of(recipe, folder), template, versions)
+        return input_digest(published_of(recipe, folder), recipe.training.processes, template, versions)
 
     first = digest(EMBEDDED)
     assert digest(EMBEDDED, "/elsewhere") == first
@@ -131,10 +133,14 @@ def test_the_input_digest_is_of_what_decides_the_result() -> None:
         digest(variant(quantization="nf4")),
         digest(EMBEDDED, template="other"),
         digest(EMBEDDED, versions=versions | {"version.ms-swift": "4.7.0"}),
-        input_digest(published(swift_args(EMBEDDED, *PATHS), "abc", "other rows"), "t", versions),
-        input_digest(published(swift_args(EMBEDDED, *PATHS), "other base", "def"), "t", versions),
+        digest(variant(training={"processes": 2, "global_batch_size": 32})),
+        digest(EMBEDDED, versions=versions | {"version.pillow": "13"}),
+        input_digest(published(swift_args(EMBEDDED, *PATHS), "abc", "other rows"), 1, "t", versions),
+        input_digest(published(swift_args(EMBEDDED, *PATHS), "other base", "def"), 1, "t", versions),
     ]
     assert len({first, *others}) == len(others) + 1
+    stopping = {"early_stopping": {"patience_checkpoints": 2}}
+    assert digest(variant(training=stopping)) != digest(variant(training=stopping | {"checkpoint_steps": 7})), "it decides when to stop"
     assert digest(variant(method="dpo")) != digest(variant(method="dpo"), versions=versions | {"version.trl": "2"})
 
 

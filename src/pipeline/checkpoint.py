@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,24 @@ class Checkpoint:
     folder: Path
     step: int
 
-    @property
-    def is_last(self) -> bool:
-        """Whether all steps are done. transformers 5.19 would do one more from here."""
-        return bool(_state(self.folder)["max_steps"] == self.step)
+    def is_last(self, patience: int | None) -> bool:
+        """Whether all steps are done, or as many evaluations as `patience` brought no gain. transformers 5.19 would do one step more from here."""
+        state = _state(self.folder)
+        return bool(state["max_steps"] == self.step or (patience and evaluations_without_gain(state["log_history"]) >= patience))
+
+    def take_cadence(self, values: Mapping[str, int]) -> None:
+        """Has the training that goes on from here log, save and evaluate in these intervals: transformers takes them from the checkpoint."""
+        state = _state(self.folder)
+        if changed := {key: value for key, value in values.items() if state.get(key) != value}:
+            draft = self.folder / f"{STATE_FILE}.new"
+            draft.write_text(json.dumps(state | changed, indent=2) + "\n", "utf-8")
+            draft.replace(self.folder / STATE_FILE)
+
+
+def evaluations_without_gain(log_history: Sequence[Mapping[str, Any]]) -> int:
+    """Evaluations since the one with the lowest loss, by the trainer's own history."""
+    losses = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def _state(folder: Path) -> dict[str, Any]:

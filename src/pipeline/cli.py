@@ -121,8 +121,7 @@ def train(recipe: Path, force: bool, as_json: bool) -> None:
 
     load_recipe(recipe, FinetuneRecipe)  # a wrong recipe is refused before any server starts
     with _project() as project:
-        version = _trained_already(project, recipe)  # refuses wrong rows before any server starts
-        version = None if force else version
+        version = _trained_already(project, recipe, look=not force)
         if trained := version is None:
             with _flow_servers(project):
                 from flows.finetune import finetune
@@ -137,27 +136,39 @@ def train(recipe: Path, force: bool, as_json: bool) -> None:
         click.echo(f"registered {version.label}, digest {version.digest[:12]}, run {version.run_id}")
     else:
         click.echo(f"{version.label} (digest {version.digest[:12]}) was trained from these inputs: nothing to do; --force trains anew")
-    click.echo(f"look at it: tuneserve up   (files: {project.relative(project.runs / version.run_id)})")
+    files = project.runs / version.run_id
+    click.echo("look at it: tuneserve up" + (f"   (files: {project.relative(files)})" if files.is_dir() else ""))
     click.echo(f"serve it: tuneserve promote {version.label}")
 
 
-def _trained_already(project: "Project", path: Path) -> "Version | None":
-    """The version of the recipe's inputs, read from the registry without starting a server; None if there is none or it cannot be known so."""
+def _trained_already(project: "Project", path: Path, look: bool) -> "Version | None":
+    """The version of the recipe's inputs, read from the registry without starting a server; None if there is none, if it cannot be known so, or not to `look`.
+
+    Refuses wrong rows before any server starts.
+    """
     from pipeline import basemodel, lineage, services
+    from pipeline.errors import RegistryError
     from pipeline.preflight import checked_rows
     from pipeline.progress import progress
     from pipeline.recipe import FinetuneRecipe, load_recipe
 
     recipe = load_recipe(path, FinetuneRecipe)
     rows = checked_rows(path, recipe, project)
-    uri = services.registry_at_rest(project)
-    if uri is None:
+    if not look:
         return None
     with progress("base model") as report:
         base = basemodel.resolve_base_model(recipe.base_model, project, report)
-    from pipeline.registry import Registry
+    digest = lineage.inputs_of(recipe, base, rows).digest
+    with services.registry_at_rest(project) as uri:
+        if uri is None:
+            return None
+        from pipeline.registry import Registry
 
-    return Registry(uri).trained(recipe.name, lineage.inputs_of(recipe, base, rows).digest)
+        try:
+            return Registry(uri).trained(recipe.name, digest)
+        except RegistryError as error:  # the flow asks again, through a server
+            logger.info("registry not read", extra=failure_fields(error))
+            return None
 
 
 @cli.command(short_help="Run a vLLM server that follows the registry.")
@@ -371,6 +382,9 @@ def _run() -> int:
         return error.exit_code
     except TuneserveError as error:
         return _fail(error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(TuneserveError(f"{where}{error.strerror or error}; check the disk's space and the folder's permissions"))
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted: everything that was started has been ended", err=True)
         return 130

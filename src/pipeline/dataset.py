@@ -46,9 +46,18 @@ class Dataset:
     row_digests: tuple[tuple[str, ...], ...] = ()
     """Of each row of train and of eval."""
 
-    def is_part_of(self, other: "Dataset") -> bool:
-        """Whether all its rows are rows of `other`."""
-        return all(set(mine) <= set(others) for mine, others in zip(self.row_digests, other.row_digests, strict=True))
+    @property
+    def train_digest(self) -> str:
+        """SHA-256 over the content of the training rows, in their order."""
+        return hashlib.sha256(json.dumps(self.row_digests[0]).encode()).hexdigest()
+
+    def is_of(self, given: "Dataset") -> bool:
+        """Whether these are the rows of `given`, in their order, but for those that were left out since."""
+        for mine, theirs, dropped in zip(self.row_digests, given.row_digests, (a - b for a, b in zip(self.dropped, given.dropped, strict=True)), strict=True):
+            left = iter(theirs)
+            if len(mine) + dropped != len(theirs) or not all(digest in left for digest in mine):
+                return False
+        return True
 
     def metrics(self) -> dict[str, float]:
         """Its statistics as metrics of a run."""

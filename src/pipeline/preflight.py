@@ -1,9 +1,12 @@
 """What is looked at before anything starts: a recipe and its rows, for `tuneserve check` and for `tuneserve train`."""
 
+import importlib.util
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.basemodel import base_folder_at_hand, resolve_base_model
+from pipeline.basemodel import BaseModel, base_folder_at_hand, resolve_base_model
 from pipeline.dataset import Check, Dataset, Deep, check_dataset, load_dataset
 from pipeline.errors import Fault, InvalidInput
 from pipeline.example import Example
@@ -65,3 +68,20 @@ def method_faults(recipe: FinetuneRecipe, train: Sequence[Example]) -> list[Faul
             Fault(where, f"row {weighted[0]}.weight", f"is given, in {len(weighted)} rows, and not used; set training.row_weights: true, or remove it")
         )
     return faults
+
+
+def refuse_misfit(path: Path, recipe: FinetuneRecipe, base: BaseModel) -> None:
+    """Raises InvalidInput if the recipe in the file `path` names what its base model or this machine does not have."""
+    faults = []
+    config = json.loads((base.folder / "config.json").read_text("utf-8"))
+    layers = config.get("text_config", config).get("num_hidden_layers")
+    if recipe.lora.layers and layers and recipe.lora.layers[1] >= layers:
+        faults.append(Fault(str(path), "lora.layers", f"ends with layer {recipe.lora.layers[1]}; this base model has layers 0 to {layers - 1}"))
+    if recipe.training.attention != "sdpa" and importlib.util.find_spec("flash_attn") is None:
+        faults.append(Fault(str(path), "training.attention", f"{recipe.training.attention} needs the package flash-attn; install it into .venv, or use sdpa"))
+    if (recipe.training.deepspeed or "").endswith("_offload") and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        faults.append(
+            Fault(str(path), "training.deepspeed", f"{recipe.training.deepspeed} builds its optimizer with a C++ compiler, and there is none: install g++")
+        )
+    if faults:
+        raise InvalidInput(faults)

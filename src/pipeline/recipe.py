@@ -24,12 +24,12 @@ def _adapter_name(name: str) -> str:
 
 AdapterName = Annotated[str, AfterValidator(_adapter_name), Field(json_schema_extra={"pattern": f"^{ADAPTER_NAME.pattern}$"})]
 """A registered model's name, which is also its served name."""
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ModuleName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION: tuple[ModuleName, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Gives the same adapter keys with every version of transformers and peft that was tried, and is what a small server wraps."""
 
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
 """peft 0.20 turns these names into the routed experts' fused weights."""
-ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 LayerNumber = Annotated[int, Field(ge=0)]
 
 
@@ -117,10 +117,12 @@ class Training(Section):
     processes: Annotated[int, Field(ge=1)] = 1
     """Training processes on this host, one per GPU."""
     deepspeed: Literal["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"] | None = None
-    """How optimizer state (1), gradients (2) and weights (3) are split over the processes; offload keeps them in host memory."""
+    """How optimizer state (1), gradients (2) and weights (3) are split over the processes; offload keeps them in host memory.
+
+    Offload needs a C++ compiler (DeepSpeed builds its CPU optimizer at first use) and trains with that optimizer's own betas."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
-    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    """How the learning rate goes on after the warm-up; cosine and linear fall to 0."""
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """How the learning rate goes on after the warm-up (of warmup_ratio); cosine and linear fall to 0."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the learning rate rises."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -137,7 +139,7 @@ class Training(Section):
     checkpoint_steps: Annotated[int, Field(ge=1)] = 50
     """Optimizer steps between checkpoints: what a crash can cost."""
     early_stopping: EarlyStopping | None = None
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
     def broken_relations(self) -> Iterator[str]:
         step = self.micro_batch_size * self.processes
@@ -173,8 +175,6 @@ class FinetuneRecipe(Section):
     def broken_relations(self) -> Iterator[str]:
         if self.dpo is not None and self.method != "dpo":
             yield "dpo: is read only with method: dpo; remove it, or set the method"
-        if self.method == "dpo" and self.training.packing:
-            yield "training.packing: does not go with method: dpo; remove it"
         if self.quantization and self.training.deepspeed in ("zero3", "zero3_offload"):
             yield f"training.deepspeed: {self.training.deepspeed} cannot gather 4-bit weights; use zero2, or remove quantization"
 

@@ -16,6 +16,7 @@ from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.adapter import ADAPTER_FILES, Adapter
 from pipeline.errors import RegistryError
@@ -37,8 +38,6 @@ EXTRA_FILES = ("swift_args.json", "recipe.yaml")
 """What a version holds beside the adapter itself; nothing else is ever logged."""
 AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 """MLflow's error codes when its server cannot be reached or fails; every other one is a refusal for good."""
-STEP_METRIC = "loss"
-"""What ms-swift logs at every logged step, whatever the method."""
 BATCH = 100
 """Metrics and tags in one request; MLflow takes at most 100 tags."""
 RUN_ID = re.compile(r"\b[0-9a-f]{32}\b")
@@ -78,7 +77,8 @@ class Registry:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        with _translated(uri):
+            self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
 
     @contextlib.contextmanager
     def run(self, name: str, params: Mapping[str, object], tags: Mapping[str, str], resume: str | None = None) -> Iterator["TrainingRun"]:
@@ -89,13 +89,14 @@ class Registry:
         with _translated(self.uri):
             run_tags = {TAG + key: value for key, value in tags.items()}
             if resume:
-                run_id, logged_step = resume, self._reopen(resume, run_tags)
+                run_id, logged_steps = resume, self._reopen(resume, run_tags)
             else:
-                run_id, logged_step = self.client.create_run(self._experiment_id(), run_name=name, tags=run_tags).info.run_id, -1
-                self.client.log_batch(run_id, params=[Param(key, str(value)[:6000]) for key, value in params.items()])
-        training_run = TrainingRun(self, run_id, logged_step)
+                run_id, logged_steps = self.client.create_run(self._experiment_id(), run_name=name, tags=run_tags).info.run_id, {}
+        training_run = TrainingRun(self, run_id, logged_steps)
         status = "KILLED"
         try:
+            with _translated(self.uri):
+                self.client.log_batch(run_id, params=[Param(key, str(value)[:6000]) for key, value in params.items()] if not resume else [])
             yield training_run
             status = "FINISHED"
         except Exception:
@@ -104,11 +105,18 @@ class Registry:
         finally:
             training_run.finish(status)
 
-    def _reopen(self, run_id: str, tags: Mapping[str, str]) -> int:
-        """Sets a run that ended badly to RUNNING, with the lineage of now; returns the last step whose metrics it has."""
+    def _reopen(self, run_id: str, tags: Mapping[str, str]) -> dict[str, int]:
+        """Sets a run that ended badly to RUNNING, with the lineage of now; returns the last step of each metric that it has."""
         self.client.update_run(run_id, "RUNNING")
         self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        return max((point.step for point in self.client.get_metric_history(run_id, STEP_METRIC)), default=-1)
+        keys = self.client.get_run(run_id).data.metrics
+        return {key: max(point.step for point in self.client.get_metric_history(run_id, key)) for key in keys}
+
+    def close(self, run_id: str) -> None:
+        """Ends a run well that its command left open."""
+        with _translated(self.uri):
+            if run_id and self.client.get_run(run_id).info.status != "FINISHED":
+                self.client.set_terminated(run_id, "FINISHED")
 
     def _experiment_id(self) -> str:
         if found := self.client.get_experiment_by_name(EXPERIMENT):
@@ -178,6 +186,9 @@ class Registry:
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                 raise
+        for made in self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):  # by a call whose answer was lost
+            if made.tags.get(DIGEST_TAG) == adapter.digest:
+                return made
         return self.client.create_model_version(name, f"runs:/{run_id}/{ARTIFACT_FOLDER}", run_id, dict(tags))
 
     def version(self, name: str, version: str | None = None) -> Version:
@@ -254,11 +265,11 @@ class Registry:
 class TrainingRun:
     """An MLflow run that is being written. Metrics and tags go out on a thread of their own: MLflow may be slow or away without hurting training.
 
-    Metrics of steps up to `logged_step` are there already and are not sent again.
+    `logged_steps` is the last step of each metric that is there already: a step's value is sent once, though a resumed training makes it again.
     """
 
-    def __init__(self, registry: Registry, run_id: str, logged_step: int = -1) -> None:
-        self.registry, self.run_id, self.logged_step = registry, run_id, logged_step
+    def __init__(self, registry: Registry, run_id: str, logged_steps: Mapping[str, int] | None = None) -> None:
+        self.registry, self.run_id, self._logged_steps = registry, run_id, dict(logged_steps or {})
         self._queue: queue.SimpleQueue[Metric | RunTag | None] = queue.SimpleQueue()
         self._unsent: list[Metric | RunTag] = []
         self._thread = threading.Thread(target=self._send, name="mlflow metrics", daemon=True)
@@ -266,10 +277,11 @@ class TrainingRun:
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Queues the values; returns at once and never fails."""
-        if step <= self.logged_step:
-            return
         now_ms = int(time.time() * 1000)
         for key, value in values.items():
+            if step <= self._logged_steps.get(key, -1):
+                continue
+            self._logged_steps[key] = step
             self._queue.put(Metric(key, value, now_ms, step))
 
     def tag(self, values: Mapping[str, str]) -> None:
@@ -319,6 +331,8 @@ def _translated(uri: str) -> Iterator[None]:
     """Turns MLflow's errors into RegistryError with a remedy."""
     try:
         yield
+    except SQLAlchemyError as error:
+        raise RegistryError(f"MLflow's database {uri} cannot be read ({str(error).splitlines()[0]}); restore it from a backup, or move it away") from error
     except MlflowException as error:
         remedy = "look there for what is registered" if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST) else "is it up?"
         raise RegistryError(f"MLflow at {uri}: {error.message}; {remedy}") from error

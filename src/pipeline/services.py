@@ -315,11 +315,20 @@ def orchestration(project: Project) -> Iterator[str]:
             del os.environ["PREFECT_API_URL"]
 
 
-def registry_at_rest(project: Project) -> str | None:
-    """Where the registry can be read without starting anything: the user's MLflow, the running embedded one, or that one's database; None if there is none yet."""
+@contextlib.contextmanager
+def registry_at_rest(project: Project) -> Iterator[str | None]:
+    """Where the registry can be read in the block without starting anything: the user's MLflow, the running embedded one, or that one's database.
+
+    None if there is none yet, or if a server is just making or upgrading it; none starts while the block reads the database.
+    """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri
-    if running := find_service(project, MLFLOW):
-        return running.url
-    database = project.mlruns / DATABASE
-    return f"sqlite:///{database}" if database.is_file() else None
+        yield uri
+        return
+    with process.if_unlocked(project.services / f"{MLFLOW}.start") as alone:
+        database = project.mlruns / DATABASE
+        if running := find_service(project, MLFLOW):
+            yield running.url
+        elif alone and database.is_file() and not process.supervised(str(project.services / f"{MLFLOW}@")):
+            yield f"sqlite:///{database}"
+        else:
+            yield None

@@ -1,9 +1,11 @@
 """The ms-swift boundary: `swift_args` says what to run, `train_adapter` runs it, goes on where a killed one stopped, and returns the adapter."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import sys
@@ -24,9 +26,16 @@ SwiftArgs = dict[str, str | int | float | bool | list[str]]
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 """Called with the optimizer step and what ms-swift logged there."""
 MODEL_TYPE, TEMPLATE = "glm4v_moe", "glm4_5v"
-PLUGIN = Path(__file__).with_name("swift_plugin.py")
+CPU_DEEPSPEED_PLUGIN, EARLY_STOP_PLUGIN = (Path(__file__).with_name(name) for name in ("swift_cpu_deepspeed.py", "swift_early_stop.py"))
+DECIDING_PACKAGES = (
+    "ms-swift", "transformers", "peft", "accelerate", "torch", "torchvision", "tokenizers", "datasets", "numpy", "pillow", "python",
+)  # fmt: skip
+"""Whose versions decide what every training makes: the model, its pictures, the order of its rows."""
+LAUNCHER_VARIABLES = frozenset({"NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"})
+"""What would make ms-swift start other processes, or wait for them, than the recipe says."""
 ARGS_FILE, LEASE = "swift_args.json", "training.lease"
 """In a training's folder."""
+CADENCE = ("logging_steps", "save_steps", "eval_steps")
 LOGGING_STEPS = 5
 POLL_SECONDS = 0.5
 KEPT_CHECKPOINTS = 2
@@ -96,10 +105,12 @@ def swift_args(recipe: FinetuneRecipe, base: Path, train_file: Path, output: Pat
     }
     args |= {"max_steps": training.max_steps} if training.max_steps else {"num_train_epochs": training.epochs or 1.0}
     args |= _method_args(recipe)
+    plugins: list[str] = []
     if stopping := training.early_stopping:
         args |= {"split_dataset_ratio": stopping.validation_share, "eval_strategy": "steps", "eval_steps": training.checkpoint_steps}
         args |= {"per_device_eval_batch_size": training.micro_batch_size, "metric_for_best_model": "loss", "greater_is_better": False}
         args |= {"callbacks": ["early_stop"], "early_stop_interval": stopping.patience_checkpoints}
+        plugins.append(str(EARLY_STOP_PLUGIN))
     if training.row_weights:
         args["is_binary_loss_scale"] = False
     if recipe.quantization:
@@ -108,7 +119,9 @@ def swift_args(recipe: FinetuneRecipe, base: Path, train_file: Path, output: Pat
         args["use_cpu"] = True
     if training.deepspeed:
         args["deepspeed"] = training.deepspeed
-        args |= {"external_plugins": [str(PLUGIN)]} if training.device == "cpu" else {}
+        plugins += [str(CPU_DEEPSPEED_PLUGIN)] if training.device == "cpu" else []
+    if plugins:
+        args["external_plugins"] = plugins
     return args
 
 
@@ -140,7 +153,7 @@ def swift_environment(recipe: FinetuneRecipe, rank_logs: Path) -> dict[str, str]
     if recipe.training.device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    if recipe.training.processes > 1:
+    if recipe.training.processes > 1 or recipe.training.deepspeed:  # DeepSpeed without a launcher looks for MPI
         environment["NPROC_PER_NODE"] = str(recipe.training.processes)
         environment["PET_STANDALONE"] = "1"  # a free port for each training, not 29500 for all
         environment |= {"PET_LOG_DIR": str(rank_logs), "PET_TEE": "3", "PET_LOCAL_RANKS_FILTER": "0"}  # the training's own log shows rank 0
@@ -150,18 +163,24 @@ def swift_environment(recipe: FinetuneRecipe, rank_logs: Path) -> dict[str, str]
 def published(args: SwiftArgs, base_revision: str, dataset_digest: str) -> SwiftArgs:
     """`args` as they go into the registry with a version: paths of this machine replaced by what they stood for."""
     paths: SwiftArgs = {"model": f"revision {base_revision}", "dataset": [f"digest {dataset_digest}"], "output_dir": "output"}
-    plugins: SwiftArgs = {"external_plugins": [PLUGIN.name]} if "external_plugins" in args else {}
+    plugins: SwiftArgs = {"external_plugins": [Path(name).name for name in args.get("external_plugins", [])]}  # type: ignore[union-attr]
+    plugins = plugins if plugins["external_plugins"] else {}
     return {key: value for key, value in args.items() if key != "resume_from_checkpoint"} | paths | plugins
 
 
-def input_digest(args: SwiftArgs, template_digest: str, versions: Mapping[str, str]) -> str:
-    """SHA-256 over all that decides what a training makes: its published arguments but for the neutral ones, the prompt template, the libraries."""
-    packages = ["ms-swift", "transformers", "peft", "torch", "python"]
+def input_digest(args: SwiftArgs, processes: int, template_digest: str, versions: Mapping[str, str]) -> str:
+    """SHA-256 over all that decides what a training makes: its published arguments but for the neutral ones, the prompt template, the libraries.
+
+    `args` name the digest of the rows that are trained on; held-out rows decide nothing.
+    """
+    packages = [*DECIDING_PACKAGES]
     packages += ["deepspeed"] if "deepspeed" in args else []
     packages += ["bitsandbytes"] if "quant_method" in args else []
     packages += ["trl"] if "rlhf_type" in args else []
-    deciding = {key: value for key, value in args.items() if key not in NEUTRAL_ARGS}
-    content = [deciding, template_digest, {package: versions.get(f"version.{package}") for package in packages}]
+    packages += ["flash-attn"] if str(args["attn_impl"]).startswith("flash") else []
+    neutral = NEUTRAL_ARGS - ({"save_steps", "eval_steps"} if "early_stop_interval" in args else set())
+    deciding = {key: value for key, value in args.items() if key not in neutral}
+    content = [deciding, processes, template_digest, {package: versions.get(f"version.{package}") for package in packages}]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -177,18 +196,22 @@ def train_adapter(recipe: FinetuneRecipe, base: Path, dataset: Dataset, folder: 
     """
     adapter, output = folder / "adapter", folder / "swift"
     if adapter.is_dir():
-        return read_adapter(adapter)
+        with contextlib.suppress(AdapterInvalid):  # damaged since: it is taken out of the checkpoint again
+            return read_adapter(adapter)
+        shutil.rmtree(adapter)
     process.wait_ended(folder / LEASE)  # of a killed command the training may still be ending
     output.mkdir(parents=True, exist_ok=True)
     resumed = checkpoint.resume_point(output, recipe.training.processes, sharded=recipe.training.deepspeed is not None)
     follow_log = LogFollower(output / "logging.jsonl", on_metrics, report, resumed.step if resumed else 0)
-    if resumed and resumed.is_last:
+    stopping = recipe.training.early_stopping
+    if resumed and resumed.is_last(stopping.patience_checkpoints if stopping else None):
         follow_log.read()
     else:
         write_swift_rows(dataset.train, folder / "train.jsonl")
         args = swift_args(recipe, base, folder / "train.jsonl", output)
         if resumed:
             args["resume_from_checkpoint"] = str(resumed.folder)
+            resumed.take_cadence({key: value for key in CADENCE if isinstance(value := args.get(key), int)})
         (folder / ARGS_FILE).write_text(dump_args(args), "utf-8")
         logger.info("training resumed" if resumed else "training started", extra={"step": resumed.step if resumed else 0})
         _run_swift(recipe, folder, project, follow_log)
@@ -204,12 +227,14 @@ def _log(project: Project, folder: Path) -> Path:
 def _run_swift(recipe: FinetuneRecipe, folder: Path, project: Project, follow_log: "LogFollower") -> None:
     rank_logs = _log(project, folder).with_suffix(".ranks")
     shutil.rmtree(rank_logs, ignore_errors=True)
+    own = swift_environment(recipe, rank_logs)
+    environment = {name: value for name, value in project.child_environment(own).items() if name in own or name not in LAUNCHER_VARIABLES}
     child = process.start(
         [sys.executable, "-m", "swift.cli.main", swift_command(recipe), str(folder / ARGS_FILE)],
         name="training",
         lease=folder / LEASE,
         log=_log(project, folder),
-        environment=project.child_environment(swift_environment(recipe, rank_logs)),
+        environment=environment,
         cwd=folder,
     )
     try:
@@ -267,7 +292,7 @@ def _sort_names(config_file: Path) -> None:
 class LogFollower:
     """Reads what ms-swift appends to its logging.jsonl: numbers to `on_metrics`, loss, speed and time left to `report`.
 
-    What an earlier process wrote, up to the step that training goes on from, is read too: it may not have reached the registry.
+    What an earlier process wrote is read too: it may not have reached the registry, which takes every step's value once.
     """
 
     def __init__(self, path: Path, on_metrics: OnMetrics, report: Report, resumed_step: int = 0) -> None:
@@ -278,8 +303,7 @@ class LogFollower:
 
     def _cut_half_line(self) -> None:
         """A line that a killed process left unfinished would be glued to the next one."""
-        content = self.path.read_bytes()
-        self.path.write_bytes(content[: content.rfind(b"\n") + 1])
+        os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
     def read(self) -> None:
         """Handles every complete line that is new since the last call."""

@@ -1,4 +1,4 @@
-"""Loaded by ms-swift into each training process on the CPU (`external_plugins`): DeepSpeed must not compile its shared-memory op.
+"""Loaded by ms-swift where DeepSpeed trains on the CPU (`external_plugins`): DeepSpeed must not compile its shared-memory op.
 
 Without this, DeepSpeed 0.19 calls a C++ compiler as soon as its CPU backend starts; marked as not compatible, gloo does the communication.
 """
