@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from pipeline import tinyglm
 from pipeline.adapter import Adapter
 from pipeline.basemodel import TEMPLATE_FILE
+from pipeline.checkpoint import checkpoints
 from pipeline.dataset import Dataset, load_dataset
 from pipeline.project import Project
 from pipeline.recipe import DatasetFiles, FinetuneRecipe, load_recipe
@@ -80,7 +82,12 @@ def test_the_vision_towers_attention_and_the_aligner(base: Path, rows: Dataset, 
 
 
 def test_early_stopping_keeps_the_best_checkpoint(base: Path, rows: Dataset, tmp_path: Path) -> None:
-    stopping = {"early_stopping": {"patience_checkpoints": 1, "validation_share": 0.25}, "max_steps": 100, "learning_rate": 0.3, "scheduler": "constant"}
+    stopping = {
+        "early_stopping": {"patience_checkpoints": 1, "validation_share": 0.25},
+        "max_steps": 100,
+        "learning_rate": 0.3,
+        "scheduler": "constant_with_warmup",
+    }
     trained = train(base, rows, tmp_path, training=stopping)
     losses = {step: seen["eval_loss"] for step, seen in trained.metrics if "eval_loss" in seen}
     best = min(losses, key=lambda step: losses[step])
@@ -88,6 +95,12 @@ def test_early_stopping_keeps_the_best_checkpoint(base: Path, rows: Dataset, tmp
     assert best < max(losses)
     taken = (trained.adapter.folder / "adapter_model.safetensors").read_bytes()
     assert taken == (trained.folder / f"swift/checkpoint-{best}/adapter_model.safetensors").read_bytes()
+
+    last = checkpoints(trained.folder / "swift")[-1]
+    trained.adapter.folder.rename(tmp_path / "kept")  # as if killed before the last checkpoint: patience is not begun anew
+    shutil.rmtree(last.folder)
+    again = train(base, rows, tmp_path, training=stopping)
+    assert checkpoints(again.folder / "swift")[-1].step == last.step and again.adapter.digest == trained.adapter.digest
 
 
 def test_the_kept_checkpoints_can_be_gone_on_from_and_a_finished_training_is_not_run_again(base: Path, rows: Dataset, tmp_path: Path) -> None:
