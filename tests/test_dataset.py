@@ -201,7 +201,7 @@ def test_the_catalog_has_neither_faults_nor_warnings(project: Project) -> None:
     catalog = ROOT / "data" / "catalog"
     found = deep_check(project, DatasetFiles(train=catalog / "train.jsonl", eval=catalog / "eval.jsonl"))
     assert (found.faults, found.warnings) == ((), ())
-    assert (len(found.train), len(found.eval), found.statistics["train"].images) == (612, 270, 306)
+    assert (len(found.train), len(found.eval), found.statistics["train"].images) == (1288, 400, 306)
 
 
 def test_swift_rows_hold_absolute_paths_and_nothing_of_ours(project: Project) -> None:
