@@ -91,7 +91,7 @@ def alike(pictures: Sequence[Likeness], others: Sequence[Likeness]) -> Iterator[
         scores = numpy.maximum(differences[:, 0] / MAX_LUMINANCE, differences[:, 1:].max(axis=1) / MAX_COLOUR)
         likest = near[numpy.argsort(scores)][: int((scores <= 1).sum())]
         ratios = aspects[likest] / others[index].aspect
-        likest = likest[(1 / MAX_ASPECT_RATIO < ratios) & (ratios < MAX_ASPECT_RATIO)]
+        likest = likest[(ratios > 1 / MAX_ASPECT_RATIO) & (ratios < MAX_ASPECT_RATIO)]
         same = likest[details.same(likest, others[index])]
         if len(same):
             yield int(same[0]), index
@@ -131,8 +131,8 @@ class _Details:
         spread, wanted_spread = self._spread[indices], wanted.std()
         # What is coarse adds nothing, since `wanted` is 0 over each coarse cell; exactly nothing only in float64.
         products = self._fine[indices].astype(numpy.float64) @ wanted.astype(numpy.float64) / wanted.size
-        likeness: NDArray[numpy.bool_] = products / (spread * wanted_spread + 1e-6) >= MIN_CORRELATION
-        return likeness | (numpy.maximum(spread, wanted_spread) < PLAIN)
+        same: NDArray[numpy.bool_] = (products / (spread * wanted_spread + 1e-6) >= MIN_CORRELATION) | (numpy.maximum(spread, wanted_spread) < PLAIN)
+        return same
 
 
 def _fine(pictures: Sequence[Likeness]) -> NDArray[numpy.uint8]:
