@@ -116,12 +116,20 @@ def check_dataset(files: DatasetFiles, project: Project, deep: Deep | None = Non
 def _read(files: DatasetFiles, key: str, project: Project, recipe: Path | None) -> Split:
     given: Path = getattr(files, key)
     path = project.resolve(given)
-    if not path.exists():
+    if not _exists(path):
         message = f"{given} does not exist below {project.root}; correct the path"
         return Split(path, project.relative(path), faults=[Fault(str(recipe) if recipe else project.relative(path), f"dataset.{key}", message)])
-    if key == "eval" and path.resolve() == project.resolve(files.train).resolve():
+    train = project.resolve(files.train)
+    if key == "eval" and _exists(train) and path.resolve() == train.resolve():
         return Split(path, project.relative(path), faults=[Fault(project.relative(path), "", "is the training file too; held-out rows must not be trained on")])
     return read_split(path, project)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long a name, or a folder that may not be looked into
+        return False
 
 
 def _inspect(splits: Sequence[Split], deep: Deep, report: Report) -> "Inspection":
