@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -177,16 +178,22 @@ def _first_and_again(examples: Sequence[Example], keys: Iterable[str]) -> tuple[
 
 
 def _keys_of_equals(examples: Sequence[Example], digest_of: Callable[[Path], str]) -> list[str]:
-    """A digest of text and images for each row that may equal another, '' for one that cannot: only images of equal size under equal text are read."""
+    """A digest of text and images for each row that may equal another, '' for one that cannot: only images of equal size under equal text are read.
+
+    Text is compared as a reader would, `Dataset.digest` is of it as it is."""
     sizes: dict[Path, int] = {}
     rough: list[tuple[Any, ...]] = []
     for example in examples:
         sizes |= {image: image.stat().st_size for image in example.images if image not in sizes}
-        rough.append(
-            (*(message["content"] for message in example.messages), *(message["role"] for message in example.messages), *map(sizes.get, example.images))
-        )
+        turns = (text for message in example.messages for text in (message["role"], _plain(message["content"])))
+        rough.append((*turns, *map(sizes.get, example.images)))
     counts = Counter(rough)
-    return [_content_digest(example, digest_of) if counts[key] > 1 else "" for example, key in zip(examples, rough, strict=True)]
+    return [_digest_of([key, [*map(digest_of, example.images)]]) if counts[key] > 1 else "" for example, key in zip(examples, rough, strict=True)]
+
+
+def _plain(text: str) -> str:
+    """What equal texts have in common: written with other white space around them or with accents apart they are still equal."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def file_digest(path: Path) -> str:
@@ -196,7 +203,10 @@ def file_digest(path: Path) -> str:
 
 
 def _content_digest(example: Example, digest_of: Callable[[Path], str], *more: str) -> str:
-    content = [example.messages, [digest_of(image) for image in example.images], *more]
+    return _digest_of([example.messages, [digest_of(image) for image in example.images], *more])
+
+
+def _digest_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
