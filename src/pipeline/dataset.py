@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["IMAGE_TAG", "Check", "Dataset", "Deep", "Example", "check_dataset", "load_dataset", "read_examples", "write_swift_rows"]
 
+BATCH_ROWS = 1024
+"""Rows written at a time."""
+
 
 @dataclass(frozen=True)
 class Deep:
@@ -223,15 +226,24 @@ def _statistics(split: Split, inspection: "Inspection") -> SplitStatistics:
 
 
 def write_swift_rows(examples: Sequence[Example], path: Path) -> None:
-    """Writes rows as ms-swift reads them: absolute image paths, nothing but messages, images, rejected answers and the weight of the answers' loss."""
-    with path.open("w", encoding="utf-8") as file:
-        for example in examples:
-            row: dict[str, Any] = {"messages": _weighted(example), "images": [str(image.absolute()) for image in example.images]}
-            if example.rejected:
-                row["rejected_response"] = example.rejected
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Writes rows as ms-swift reads them: absolute image paths, nothing but messages, images, rejected answers and the weight of the answers' loss.
+
+    As Parquet, whose types are said: in JSONL `datasets` guesses them anew every 16 MB, so that lists that begin empty break it and dates are no text."""
+    import pyarrow
+    from pyarrow import parquet
+
+    text = pyarrow.string()
+    weight = [("loss_scale", pyarrow.float64())] if any(example.weight != 1 for example in examples) else []
+    rejected = [("rejected_response", text)] if any(example.rejected for example in examples) else []
+    message = pyarrow.struct([("role", text), ("content", text), *weight])
+    schema = pyarrow.schema([("messages", pyarrow.list_(message)), ("images", pyarrow.list_(text)), *rejected])
+    with parquet.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(examples), BATCH_ROWS):
+            rows = [_swift_row(example) for example in examples[start : start + BATCH_ROWS]]
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
 
 
-def _weighted(example: Example) -> list[dict[str, Any]]:
-    weight = {"loss_scale": example.weight} if example.weight != 1 else {}
-    return [message | (weight if message["role"] == "assistant" else {}) for message in example.messages]
+def _swift_row(example: Example) -> dict[str, Any]:
+    """Of its keys those are written that the file's schema has."""
+    messages = [message | ({"loss_scale": example.weight} if message["role"] == "assistant" else {}) for message in example.messages]
+    return {"messages": messages, "images": [str(image.absolute()) for image in example.images], "rejected_response": example.rejected or None}

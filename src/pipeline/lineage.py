@@ -30,7 +30,7 @@ class Inputs:
 
 def inputs_of(recipe: FinetuneRecipe, base: BaseModel, rows: Dataset) -> Inputs:
     """All that decides what a training of the recipe makes; the name it is registered under does not."""
-    args = training.published(training.swift_args(recipe, base.folder, Path("train.jsonl"), Path("output")), base.revision, rows.digest)
+    args = training.published(training.swift_args(recipe, base.folder, Path("train.parquet"), Path("output")), base.revision, rows.digest)
     return Inputs(base, rows, args, training.input_digest(args, basemodel.template_digest(), versions()))
 
 

@@ -185,8 +185,8 @@ def train_adapter(recipe: FinetuneRecipe, base: Path, dataset: Dataset, folder: 
     if resumed and resumed.is_last:
         follow_log.read()
     else:
-        write_swift_rows(dataset.train, folder / "train.jsonl")
-        args = swift_args(recipe, base, folder / "train.jsonl", output)
+        write_swift_rows(dataset.train, folder / "train.parquet")
+        args = swift_args(recipe, base, folder / "train.parquet", output)
         if resumed:
             args["resume_from_checkpoint"] = str(resumed.folder)
         (folder / ARGS_FILE).write_text(dump_args(args), "utf-8")
