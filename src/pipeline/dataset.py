@@ -33,6 +33,8 @@ class Deep:
     base: Path | None
     """The base model's folder; None leaves tokens uncounted."""
     max_length_tokens: int
+    preferences: bool = False
+    """Rejected answers are trained on too, so they count."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def check_dataset(files: DatasetFiles, project: Project, deep: Deep | None = Non
 
     Without `deep` no image is opened but those of rows that may be equal. A missing file is a fault of `recipe`, if given, by its key there."""
     train, held_out = splits = tuple(_read(files, key, project, recipe) for key in ("train", "eval"))
+    train.refuse_mixed()
     inspection = _inspect(splits, deep, report) if deep else None
     digest_of = _ImageDigests({path: look.digest for path, look in inspection.looks.items() if not look.fault} if inspection else {})
     _refuse_overlap(train, held_out, digest_of)
@@ -139,7 +142,7 @@ def _exists(path: Path) -> bool:
 def _inspect(splits: Sequence[Split], deep: Deep, report: Report) -> "Inspection":
     from pipeline.inspection import inspect  # numpy, PIL and the tokenizer
 
-    return inspect(splits, deep.base, deep.max_length_tokens, report)
+    return inspect(splits, deep.base, deep.max_length_tokens, deep.preferences, report)
 
 
 class _ImageDigests:
