@@ -43,7 +43,7 @@ def prepare_base(name: str, project: Project) -> BaseModel:
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="check the rows of {recipe.name}")
 def load_dataset(recipe: FinetuneRecipe, base: BaseModel, project: Project) -> Dataset:
     with progress("rows") as report:
-        rows = dataset.load_dataset(recipe.dataset, project, Deep(base.folder, recipe.training.max_length_tokens), report)
+        rows = dataset.load_dataset(recipe.dataset, project, Deep(base.folder, recipe.training.max_length_tokens, recipe.method == "dpo"), report)
     print("\n".join([*(f"warning: {warning}" for warning in rows.warnings), row_statistics.table(dict(rows.statistics))]), file=sys.stderr)
     return rows
 

@@ -12,7 +12,7 @@ from pipeline.project import Project
 from tests.conftest import ROOT, row, write_counting_base, write_image, write_rows
 from tests.test_dataset import SIX, six_faults
 
-HEAVY = ("torch", "vllm", "mlflow", "prefect", "swift", "transformers", "datasets", "tokenizers", "numpy", "PIL")
+HEAVY = ("torch", "vllm", "mlflow", "prefect", "swift", "transformers", "datasets", "pyarrow", "tokenizers", "numpy", "PIL")
 
 
 def tuneserve(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from pipeline.dataset import Check, Deep, check_dataset, load_dataset, read_examples, write_swift_rows
 from pipeline.errors import InvalidInput
@@ -201,16 +202,77 @@ def test_the_catalog_has_neither_faults_nor_warnings(project: Project) -> None:
     catalog = ROOT / "data" / "catalog"
     found = deep_check(project, DatasetFiles(train=catalog / "train.jsonl", eval=catalog / "eval.jsonl"))
     assert (found.faults, found.warnings) == ((), ())
-    assert (len(found.train), len(found.eval), found.statistics["train"].images) == (612, 270, 306)
+    assert (len(found.train), len(found.eval), found.statistics["train"].images) == (1288, 400, 306)
+
+
+def test_rows_to_train_on_all_have_a_rejected_answer_or_none_has(project: Project) -> None:
+    mixed: list[object] = [row("x", None), row("y", None, rejected_response="no")]
+    found = check_dataset(files(project, mixed, [row("z", None)]), project)
+    assert places(found.faults) == [("t.jsonl", "")] and "1 of 2 rows have a rejected_response" in found.faults[0].message
+    held_out: list[object] = [row("v", None), row("w", None, rejected_response="no")]
+    assert check_dataset(files(project, [row("z", None)], held_out), project).faults == (), "nothing is trained on these"
+    assert len(read_examples(project.root / "e.jsonl", project)) == 2
+
+
+@pytest.mark.parametrize(("trained", "judged"), [("1", "1 "), ("caf\u00e9", "cafe\u0301"), ("x", "\n x"), ("\u212b", "\u00c5")])
+def test_text_that_reads_the_same_is_the_same_row(project: Project, trained: str, judged: str) -> None:
+    write_image(project.root / "a.png")
+    found = check_dataset(files(project, [row(trained), row(judged)], [row(judged), row("other", question="What product is this? ")]), project)
+    assert places(found.faults) == [("e.jsonl", "row 1")] and places(found.warnings) == [("t.jsonl", "row 2")]
+    asked = check_dataset(files(project, [row(trained, question="a\u0301?")], [row(judged, question="\u00e1? ")]), project)
+    assert places(asked.faults) == [("e.jsonl", "row 1")]
+    one, two = (load_dataset(files(project, [row(text)], [row("z", None)]), project).digest for text in (trained, judged))
+    assert one != two, "the digest is of what is trained on"
+
+
+def test_text_that_differs_within_is_another_row(project: Project) -> None:
+    assert check_dataset(files(project, [row("a b", None), row("\ufb01", None)], [row("a  b", None), row("fi", None)]), project).faults == ()
+
+
+@pytest.mark.parametrize("name", ["n" * 300 + ".jsonl", "loop.jsonl", "nul\0.jsonl"])
+def test_a_path_that_cannot_be_looked_up_is_missing(project: Project, name: str) -> None:
+    (project.root / "loop.jsonl").symlink_to("loop.jsonl")
+    write_rows(project.root / "d.jsonl", [row("x", None)])
+    for train, held_out, key in ((name, "d.jsonl", "train"), ("d.jsonl", name, "eval")):
+        found = check_dataset(DatasetFiles(train=Path(train), eval=Path(held_out)), project, recipe=Path("r.yaml"))
+        assert places(found.faults) == [("r.yaml", f"dataset.{key}")] and "does not exist" in found.faults[0].message
+
+
+def test_a_path_in_a_folder_that_may_not_be_entered_is_missing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    found = check_dataset(DatasetFiles(train=Path("t.jsonl"), eval=Path("e.jsonl")), project, recipe=Path("r.yaml"))
+    assert places(found.faults) == [("r.yaml", "dataset.train"), ("r.yaml", "dataset.eval")]
+
+
+def test_the_digest_changes_with_a_weight(project: Project) -> None:
+    kinds: list[dict[str, object]] = [{}, {"weight": 2}, {"weight": 0.5}, {"rejected_response": "2"}, {"rejected_response": "2", "weight": 2}]
+    digests = [load_dataset(files(project, [row("x", None, **more)], [row("z", None)]), project).digest for more in kinds]
+    assert len(set(digests)) == 5
+    assert load_dataset(files(project, [row("x", None, weight=1)], [row("z", None)]), project).digest == digests[0]
+
+
+def written(project: Project, rows: list[object]) -> list[dict[str, Any]]:
+    write_swift_rows(read_examples(write_rows(project.root / "d.jsonl", rows), project), project.root / "out.parquet")
+    return list(parquet.read_table(project.root / "out.parquet").to_pylist())
 
 
 def test_swift_rows_hold_absolute_paths_and_nothing_of_ours(project: Project) -> None:
     write_image(project.root / "a.png")
-    path = write_rows(project.root / "d.jsonl", [row(kind="name", slice="seen"), row(rejected_response="Noir tote")])
-    with pytest.raises(InvalidInput, match="1 of 2 rows have a rejected_response"):
-        read_examples(path, project)
     for more in ({}, {"rejected_response": "Noir tote"}):
-        examples = read_examples(write_rows(path, [row(kind="name", slice="seen", **more)]), project)
-        write_swift_rows(examples, project.root / "out.jsonl")
-        (line,) = (project.root / "out.jsonl").read_text("utf-8").splitlines()
-        assert json.loads(line) == {"messages": row()["messages"], "images": [str(project.root / "a.png")], **more}
+        assert written(project, [row(kind="name", slice="seen", **more)]) == [{"messages": row()["messages"], "images": [str(project.root / "a.png")], **more}]
+    assert [each["images"] for each in written(project, [row("x", None), row("y", None)])] == [[], []]
+
+
+def test_a_weight_stands_at_every_answer_of_every_row_if_any_row_has_one(project: Project) -> None:
+    turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")]
+    plain, weighted = written(project, [row("x", None), {"messages": turns, "weight": 2}])
+    assert [message["loss_scale"] for message in plain["messages"]] == [None, 1.0]
+    assert [message["loss_scale"] for message in weighted["messages"]] == [None, None, 2.0, None, 2.0]
+    assert all("loss_scale" not in message for message in written(project, [row("x", None)])[0]["messages"])
+
+
+def test_many_rows_are_written_in_their_order(project: Project) -> None:
+    assert [each["messages"][1]["content"] for each in written(project, [row(str(number), None) for number in range(2500)])] == [*map(str, range(2500))]

@@ -56,8 +56,8 @@ def full(project: Project) -> Project:
     put(project.state / "cache" / "vllm" / "x" / "compiled")
     put(project.runs / HELD / "checkpoint-1" / "optimizer.pt")
     put(project.runs / NAMED / "adapter" / "adapter_model.safetensors", 30)
-    put(project.runs / OLD / "train.jsonl", 8)
-    put(project.runs / YOUNG / "train.jsonl", 6)
+    put(project.runs / OLD / "train.parquet", 8)
+    put(project.runs / YOUNG / "train.parquet", 6)
     for name in (
         "mlflow.log",
         "mlflow.log.1",
@@ -143,7 +143,7 @@ def test_artifacts_of_another_registry_are_left_alone(full: Project) -> None:
 
 def test_a_run_that_began_after_the_registry_was_asked_stays(full: Project) -> None:
     known = disk.know(FakeRegistry(), disk.run_ids(full))
-    put(full.runs / ("8" * 32) / "train.jsonl", 30)
+    put(full.runs / ("8" * 32) / "train.parquet", 30)
     put(full.mlruns / "artifacts" / "1" / ("8" * 32) / "x", 30)
     entries = survey(full, known)
     assert "8" * 32 not in can_go(entries, disk.RUNS) | can_go(entries, disk.ARTIFACTS)

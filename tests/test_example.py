@@ -128,6 +128,8 @@ def test_a_flat_row_is_the_row_it_stands_for(tmp_path: Path) -> None:
         ({"question": "x", "answer": "y", "kind": 1}, ".kind"),
         ({"messages": [{"role": "user", "content": "x", "loss": 1}, {"role": "assistant", "content": "y"}]}, ".messages.0.loss"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "y"}]}, ".messages.0.content"),
+        ({"question": "x", "answer": "y", "kind": "\udcff"}, ".kind"),
+        ({"question": "x", "answer": "y", "slice": "\ud83d"}, ".slice"),
         (turns(("user", "x"), ("assistant", "y"), rejected_response="y"), ".rejected_response"),
         (turns(("user", "x"), ("assistant", "y"), rejected_response=""), ".rejected_response"),
         (turns(("user", "x"), ("assistant", "y"), rejected_response="<|user|>"), ".rejected_response"),
@@ -140,3 +142,26 @@ def test_bad_keys_and_values_are_named(content: Any, where: str) -> None:
 def test_a_preference_row_keeps_its_rejected_answer() -> None:
     example, _ = read_example(turns(("user", "x"), ("assistant", "y"), rejected_response="z", images=None), Path(), 1)
     assert example is not None and example.rejected == "z"
+
+
+@pytest.mark.parametrize(
+    "weight", [0, -1, 0.0009, 1000.1, 10**400, -(10**400), float("nan"), float("inf"), True, "2", [2], {}], ids=lambda weight: repr(weight)[:8]
+)
+def test_a_weight_is_a_number_within_bounds(weight: Any) -> None:
+    where, said = only({"question": "x", "answer": "y", "weight": weight})
+    assert where == ".weight" and said.endswith("is not a number from 0.001 to 1000") and len(said) < 80
+
+
+@pytest.mark.parametrize("weight", [0.001, 0.5, 1, 2, 1000])
+def test_a_good_weight_is_kept_as_a_float(weight: float) -> None:
+    example, faults = read_example({"question": "x", "answer": "y", "weight": weight}, Path(), 1)
+    assert faults == [] and example is not None and example.weight == weight and isinstance(example.weight, float)
+
+
+@pytest.mark.parametrize("folder", ["", "\udcff"])
+def test_a_path_that_is_not_utf8_is_a_fault_though_the_file_is_there(tmp_path: Path, folder: str) -> None:
+    name = "a.png" if folder else "caf\udce9.png"
+    write_image(tmp_path / folder / name)
+    where, said = only(row(image=name), tmp_path / folder)
+    assert where == ".images.0" and "is not UTF-8; rename" in said
+    said.encode()

@@ -2,14 +2,15 @@
 
 import io
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
 import pytest
 from PIL import Image
 
-from pipeline.likeness import Likeness, alike, likeness
+from pipeline.likeness import DETAIL, GRID, MAX_ASPECT_RATIO, MAX_COLOUR, MAX_LUMINANCE, MIN_CORRELATION, PLAIN, Likeness, alike, likeness
 from tests.conftest import ROOT
 
 CATALOG = ROOT / "data" / "catalog"
@@ -34,7 +35,8 @@ def rich(seed: int) -> Image.Image:
 @pytest.fixture(scope="module")
 def catalog() -> dict[str, list[Image.Image]]:
     names = {
-        split: sorted({json.loads(line)["images"][0] for line in (CATALOG / f"{split}.jsonl").read_text("utf-8").splitlines()}) for split in ("train", "eval")
+        split: sorted({name for line in (CATALOG / f"{split}.jsonl").read_text("utf-8").splitlines() for name in json.loads(line)["images"]})
+        for split in ("train", "eval")
     }
     return {split: [Image.open(CATALOG / name).convert("RGB") for name in each] for split, each in names.items()}
 
@@ -63,6 +65,7 @@ def test_a_picture_saved_again_is_found(catalog: dict[str, list[Image.Image]], c
 
 
 def test_the_catalogs_held_out_pictures_are_new(catalog: dict[str, list[Image.Image]]) -> None:
+    assert (len(catalog["train"]), len(catalog["eval"])) == (306, 135), "all of them are compared"
     assert found(catalog["train"], catalog["eval"]) == []
 
 
@@ -79,6 +82,65 @@ def test_fine_detail_tells_pictures_of_equal_colours_apart() -> None:
     coarse_only = Likeness(1.0, likeness(one).cells, likeness(two).detail)
     assert list(alike([likeness(one)], [coarse_only])) == []
     assert len(list(alike([likeness(one)], [likeness(one)]))) == 1
+
+
+def crowd(seed: int, count: int, spread: float = 3.0) -> list[Likeness]:
+    """Pictures whose cells nearly agree, of six details and others near to them."""
+    looks, dice = numpy.random.default_rng(7).integers(-128, 128, (6, DETAIL**2)), numpy.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        look, strength = dice.integers(6), dice.choice([0.0, 0.02, 0.05, 0.3, 1.0])
+        detail = 128 + strength * (looks[look] + dice.normal(0, dice.choice([5, 45, 55, 58, 70]), DETAIL**2))
+        cells = (numpy.full((GRID**2, 3), 128) + dice.uniform(-spread, spread, (GRID**2, 3))).astype(numpy.float32)
+        made.append(Likeness(float(dice.choice([1.0, 1.03, 1.05, 1.5])), cells.tobytes(), detail.clip(0, 255).round().astype(numpy.uint8).tobytes()))
+    return made
+
+
+def one_by_one(pictures: list[Likeness], others: list[Likeness]) -> Iterator[tuple[int, int]]:
+    """What `alike` must say of fewer than MAX_CANDIDATES pictures, from the bounds alone."""
+
+    def detail(picture: Likeness) -> Any:
+        fine = numpy.frombuffer(picture.detail, numpy.uint8).reshape(DETAIL, DETAIL).astype(numpy.float32)
+        return fine - fine.reshape(GRID, 4, GRID, 4).mean((1, 3)).repeat(4, 0).repeat(4, 1)
+
+    def score(one: Likeness, two: Likeness) -> float:
+        cells = [numpy.frombuffer(each.cells, numpy.float32).reshape(-1, 3) for each in (one, two)]
+        return float((abs(cells[0] - cells[1]).max(0) / (MAX_LUMINANCE, MAX_COLOUR, MAX_COLOUR)).max())
+
+    def same(one: Likeness, two: Likeness) -> bool:
+        first, second = detail(one), detail(two)
+        if not 1 / MAX_ASPECT_RATIO < one.aspect / two.aspect < MAX_ASPECT_RATIO:
+            return False
+        return max(first.std(), second.std()) < PLAIN or bool((first * second).mean() / (first.std() * second.std() + 1e-6) >= MIN_CORRELATION)
+
+    for index, other in enumerate(others):
+        scores = sorted((score(picture, other), place) for place, picture in enumerate(pictures) if same(picture, other))
+        if scores and scores[0][0] <= 1:
+            yield scores[0][1], index
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_pictures_at_once_are_judged_as_one_by_one(seed: int) -> None:
+    pictures, others = crowd(seed, 120), crowd(100 + seed, 40)
+    wanted = list(one_by_one(pictures, others))
+    assert list(alike(pictures, others)) == wanted
+    assert 0 < len(wanted) < 40, "both verdicts occur"
+
+
+def test_a_plain_picture_is_not_a_rich_one_of_its_colours() -> None:
+    """A plain one has no detail at all: rounding must not make any."""
+    cells, dice = numpy.full((GRID**2, 3), 128, numpy.float32).tobytes(), numpy.random.default_rng(5)
+    rich_ones = [Likeness(1.0, cells, dice.integers(0, 256, DETAIL**2, dtype=numpy.uint8).tobytes()) for _ in range(100)]
+    assert list(alike([Likeness(1.0, cells, bytes([201]) * DETAIL**2)], rich_ones)) == []
+
+
+def test_many_pictures_of_one_look_are_compared_in_little_time() -> None:
+    dice = numpy.random.default_rng(1)
+    shown = crowd(1, 2100, spread=1.0)
+    shown = [Likeness(1.0, each.cells, dice.integers(0, 256, DETAIL**2, dtype=numpy.uint8).tobytes()) for each in shown]
+    began = time.process_time()
+    assert list(alike(shown[:2000], shown[2000:])) == []
+    assert time.process_time() - began < 1, "0.1 s, and 3 s where details are compared one by one"
 
 
 def test_nothing_is_like_nothing() -> None:

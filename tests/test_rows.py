@@ -186,6 +186,46 @@ def test_a_file_that_cannot_be_read_is_refused_whole(rows_project: Project, name
     assert [fault.path for fault in caught.value.faults] == [""]
 
 
+def write_empty_parquet(path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS).schema.empty_table(), path)
+
+
+def test_a_shard_without_rows_does_not_spoil_its_folder(rows_project: Project) -> None:
+    shards = as_parquet_shards(rows_project.root)
+    write_empty_parquet(shards / "train-00000-of-00000.parquet")
+    assert [example.row for example in read_examples(shards, rows_project)] == [1, 2, 3]
+
+
+def test_a_table_without_rows_holds_no_rows(rows_project: Project) -> None:
+    import datasets
+
+    write_empty_parquet(rows_project.root / "empty.parquet")
+    datasets.Dataset.from_list(ROWS).select([]).save_to_disk(str(rows_project.root / "empty"))
+    for name in ("empty.parquet", "empty"):
+        with pytest.raises(InvalidInput) as caught:
+            read_examples(rows_project.root / name, rows_project)
+        assert [fault.message for fault in caught.value.faults] == ["holds no rows"]
+
+
+@pytest.mark.parametrize("name", ["saved", "d.parquet"])
+def test_text_in_a_table_that_is_not_utf8_is_refused(rows_project: Project, name: str) -> None:
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"question": pyarrow.array([b"caf\xe9"]).view(pyarrow.string()), "answer": ["x"]})
+    if name == "saved":
+        datasets.Dataset(table).save_to_disk(str(rows_project.root / name))
+    else:
+        parquet.write_table(table, rows_project.root / name)
+    with pytest.raises(InvalidInput, match="utf-8") as caught:
+        list(read_rows(rows_project.root / name, rows_project))
+    assert [fault.path for fault in caught.value.faults] == [""]
+
+
 def test_a_folder_of_two_splits_or_formats_is_refused(rows_project: Project) -> None:
     write_rows(rows_project.root / "two" / "train.jsonl", list(ROWS))
     write_rows(rows_project.root / "two" / "test.jsonl", list(ROWS))

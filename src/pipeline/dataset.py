@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["IMAGE_TAG", "Check", "Dataset", "Deep", "Example", "check_dataset", "load_dataset", "read_examples", "write_swift_rows"]
 
+BATCH_ROWS = 1024
+"""Rows written at a time."""
+
 
 @dataclass(frozen=True)
 class Deep:
@@ -29,6 +33,8 @@ class Deep:
     base: Path | None
     """The base model's folder; None leaves tokens uncounted."""
     max_length_tokens: int
+    preferences: bool = False
+    """Rejected answers are trained on too, so they count."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ def check_dataset(files: DatasetFiles, project: Project, deep: Deep | None = Non
 
     Without `deep` no image is opened but those of rows that may be equal. A missing file is a fault of `recipe`, if given, by its key there."""
     train, held_out = splits = tuple(_read(files, key, project, recipe) for key in ("train", "eval"))
+    train.refuse_mixed()
     inspection = _inspect(splits, deep, report) if deep else None
     digest_of = _ImageDigests({path: look.digest for path, look in inspection.looks.items() if not look.fault} if inspection else {})
     _refuse_overlap(train, held_out, digest_of)
@@ -131,18 +138,26 @@ def check_dataset(files: DatasetFiles, project: Project, deep: Deep | None = Non
 def _read(files: DatasetFiles, key: str, project: Project, recipe: Path | None) -> Split:
     given: Path = getattr(files, key)
     path = project.resolve(given)
-    if not path.exists():
+    if not _exists(path):
         message = f"{given} does not exist below {project.root}; correct the path"
         return Split(path, project.relative(path), faults=[Fault(str(recipe) if recipe else project.relative(path), f"dataset.{key}", message)])
-    if key == "eval" and path.resolve() == project.resolve(files.train).resolve():
+    train = project.resolve(files.train)
+    if key == "eval" and _exists(train) and path.resolve() == train.resolve():
         return Split(path, project.relative(path), faults=[Fault(project.relative(path), "", "is the training file too; held-out rows must not be trained on")])
     return read_split(path, project)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long a name, or a folder that may not be looked into
+        return False
 
 
 def _inspect(splits: Sequence[Split], deep: Deep, report: Report) -> "Inspection":
     from pipeline.inspection import inspect  # numpy, PIL and the tokenizer
 
-    return inspect(splits, deep.base, deep.max_length_tokens, report)
+    return inspect(splits, deep.base, deep.max_length_tokens, deep.preferences, report)
 
 
 class _ImageDigests:
@@ -184,16 +199,22 @@ def _first_and_again(examples: Sequence[Example], keys: Iterable[str]) -> tuple[
 
 
 def _keys_of_equals(examples: Sequence[Example], digest_of: Callable[[Path], str]) -> list[str]:
-    """A digest of text and images for each row that may equal another, '' for one that cannot: only images of equal size under equal text are read."""
+    """A digest of text and images for each row that may equal another, '' for one that cannot: only images of equal size under equal text are read.
+
+    Text is compared as a reader would, `Dataset.digest` is of it as it is."""
     sizes: dict[Path, int] = {}
     rough: list[tuple[Any, ...]] = []
     for example in examples:
         sizes |= {image: image.stat().st_size for image in example.images if image not in sizes}
-        rough.append(
-            (*(message["content"] for message in example.messages), *(message["role"] for message in example.messages), *map(sizes.get, example.images))
-        )
+        turns = (text for message in example.messages for text in (message["role"], _plain(message["content"])))
+        rough.append((*turns, *map(sizes.get, example.images)))
     counts = Counter(rough)
-    return [_content_digest(example, digest_of) if counts[key] > 1 else "" for example, key in zip(examples, rough, strict=True)]
+    return [_digest_of([key, [*map(digest_of, example.images)]]) if counts[key] > 1 else "" for example, key in zip(examples, rough, strict=True)]
+
+
+def _plain(text: str) -> str:
+    """What equal texts have in common: written with other white space around them or with accents apart they are still equal."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def file_digest(path: Path) -> str:
@@ -203,7 +224,10 @@ def file_digest(path: Path) -> str:
 
 
 def _content_digest(example: Example, digest_of: Callable[[Path], str], *more: str) -> str:
-    content = [example.messages, [digest_of(image) for image in example.images], *more]
+    return _digest_of([example.messages, [digest_of(image) for image in example.images], *more])
+
+
+def _digest_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -220,15 +244,24 @@ def _statistics(split: Split, inspection: "Inspection") -> SplitStatistics:
 
 
 def write_swift_rows(examples: Sequence[Example], path: Path) -> None:
-    """Writes rows as ms-swift reads them: absolute image paths, nothing but messages, images, rejected answers and the weight of the answers' loss."""
-    with path.open("w", encoding="utf-8") as file:
-        for example in examples:
-            row: dict[str, Any] = {"messages": _weighted(example), "images": [str(image.absolute()) for image in example.images]}
-            if example.rejected:
-                row["rejected_response"] = example.rejected
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Writes rows as ms-swift reads them: absolute image paths, nothing but messages, images, rejected answers and the weight of the answers' loss.
+
+    As Parquet, whose types are said: in JSONL `datasets` guesses them anew every 16 MB, so that lists that begin empty break it and dates are no text."""
+    import pyarrow
+    from pyarrow import parquet
+
+    text = pyarrow.string()
+    weight = [("loss_scale", pyarrow.float64())] if any(example.weight != 1 for example in examples) else []
+    rejected = [("rejected_response", text)] if any(example.rejected for example in examples) else []
+    message = pyarrow.struct([("role", text), ("content", text), *weight])
+    schema = pyarrow.schema([("messages", pyarrow.list_(message)), ("images", pyarrow.list_(text)), *rejected])
+    with parquet.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(examples), BATCH_ROWS):
+            rows = [_swift_row(example) for example in examples[start : start + BATCH_ROWS]]
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
 
 
-def _weighted(example: Example) -> list[dict[str, Any]]:
-    weight = {"loss_scale": example.weight} if example.weight != 1 else {}
-    return [message | (weight if message["role"] == "assistant" else {}) for message in example.messages]
+def _swift_row(example: Example) -> dict[str, Any]:
+    """Of its keys those are written that the file's schema has."""
+    messages = [message | ({"loss_scale": example.weight} if message["role"] == "assistant" else {}) for message in example.messages]
+    return {"messages": messages, "images": [str(image.absolute()) for image in example.images], "rejected_response": example.rejected or None}

@@ -1,6 +1,5 @@
 """One question-answer row: what it must look like, without opening its images, and the Example that it becomes."""
 
-import math
 import os
 import re
 import stat
@@ -26,6 +25,9 @@ SWIFT_TAGS = ("<video>", "<audio>", "<bbox>", "<ref-object>", "<cot-process>", "
 RESERVED = re.compile("|".join(map(re.escape, (*GLM_TOKENS, *SWIFT_TAGS))) + r"|<img>.+?</img>")
 THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 SURROGATE = re.compile("[\ud800-\udfff]")
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000.0
+"""Beyond these a row is as good as left out, or all others are."""
+HALF_A_CHARACTER = "holds half a character (a lone surrogate); write the whole character"
 
 Found = tuple[str, str]
 """Where inside a row, and what is wrong there."""
@@ -46,7 +48,7 @@ class Example:
     rejected: str = ""
     """The answer that the model should not give, in preference rows; else empty."""
     weight: float = 1.0
-    """What the loss of the row's answers is multiplied by."""
+    """What the loss of the answers' tokens is multiplied by; not that of the token that ends an answer, which ms-swift weighs 1."""
 
     @property
     def prompt(self) -> tuple[dict[str, str], ...]:
@@ -91,14 +93,20 @@ def read_example(row: Any, folder: Path, number: int) -> tuple[Example | None, l
 def _key_faults(row: dict[Any, Any]) -> list[Found]:
     known = (*ROW_KEYS, *FLAT_KEYS, "image")
     faults = [(f".{key}", f"unknown key; a row has {', '.join(ROW_KEYS)}, or {', '.join(FLAT_KEYS)} instead of messages") for key in row if key not in known]
-    faults += [(f".{key}", "must be a string") for key in ("kind", "slice") if not isinstance(row.get(key, ""), str)]
+    faults += [(f".{key}", fault) for key in ("kind", "slice") if (fault := _name_fault(row.get(key, "")))]
     if "weight" in row and not _is_weight(row["weight"]):
-        faults.append((".weight", f"{row['weight']!r} is not a number above 0"))
+        faults.append((".weight", f"{repr(row['weight'])[:40]} is not a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"))
     if "image" in row and "images" in row:
         faults.append((".image", "stands beside images; give one or the other"))
     if "messages" in row:
         faults += [(f".{key}", "stands beside messages; give one or the other") for key in FLAT_KEYS if key in row]
     return faults
+
+
+def _name_fault(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return "must be a string"
+    return HALF_A_CHARACTER if SURROGATE.search(value) else None
 
 
 def _flat_messages(row: dict[str, Any], images: int) -> tuple[list[str], list[dict[str, str]] | None, list[Found]]:
@@ -152,7 +160,7 @@ def _turn_faults(messages: list[dict[str, str]]) -> list[Found]:
 def _text_faults(role: str, text: str) -> list[str]:
     """At most one reason why the text of a turn may not be trained on."""
     if SURROGATE.search(text):
-        return ["holds half a character (a lone surrogate); write the whole character"]
+        return [HALF_A_CHARACTER]
     if role == "assistant" and (thought := THOUGHT.match(text)):  # the template keeps a thought that begins an answer
         text = text[thought.end() :]
         if not text.strip():
@@ -178,6 +186,8 @@ def _file_fault(folder: Path, image: str) -> str | None:
     if image != image.rstrip():
         return f"{image!r} ends with white space, which ms-swift cuts off; rename the file"
     path = os.path.join(folder, image)  # noqa: PTH118 (a Path per image doubles the time of a check)
+    if SURROGATE.search(path):  # which nothing that is written in UTF-8 can name
+        return f"{path!r} is not UTF-8; rename the file or its folder"
     try:
         if stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
             return None if os.access(path, os.R_OK) else f"{image} may not be read; change its permissions"
@@ -196,7 +206,7 @@ def reserved_token(texts: Iterable[str], tokens: re.Pattern[str]) -> str | None:
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and LEAST_WEIGHT <= value <= MOST_WEIGHT
 
 
 def _is_text(value: Any) -> TypeGuard[str]:

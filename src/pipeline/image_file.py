@@ -1,5 +1,6 @@
 """One image file as training will see it: whether it decodes whole, its size, its digest, and what it looks like. Imported by worker processes: keep it light."""
 
+import contextlib
 import hashlib
 import math
 import warnings
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.likeness import Likeness, likeness
 
@@ -48,6 +49,8 @@ def look(path: Path) -> Look:
                 return _decoded(file, digest)
     except Image.DecompressionBombError:
         return Look("", fault=f"claims more than {MAX_PIXELS} pixels; {SCALE}")
+    except UnidentifiedImageError:
+        return Look("", fault=f"does not decode as {', '.join(FORMATS)}; save the picture again as one of these")
     except Exception as error:  # a decoder at work on any bytes may raise anything
         return Look("", fault=f"does not decode ({str(error) or type(error).__name__}); save the picture again")
 
@@ -61,13 +64,18 @@ def _decoded(file: Any, digest: str) -> Look:
             return Look(digest, fault=f"is {width}x{height}, longer than {MAX_ASPECT} times its width; cut it into pieces")
         if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
             return Look(digest, fault="is an animation; give one picture")
+        if image.mode.startswith(("I", "F")):
+            return Look(digest, fault="has more than 8 bits a channel, which training cuts off at white; save it with 8")
         image.load()
         return Look(digest, (width, height), likeness(image), doubt=_doubt(image))
 
 
 def _doubt(image: Image.Image) -> str:
     """vLLM turns an image by its EXIF tag and puts a transparent one on white; ms-swift does neither."""
-    if image.getexif().get(ORIENTATION, 1) not in (0, 1):
+    orientation = 1
+    with contextlib.suppress(Exception):  # what cannot be read turns nothing
+        orientation = image.getexif().get(ORIENTATION, 1)
+    if orientation not in (0, 1):
         return "is turned by an EXIF tag, which serving heeds and training does not: save it upright"
     alpha = image.getchannel("A") if "A" in image.getbands() else image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if alpha and any(alpha.histogram()[:255]):

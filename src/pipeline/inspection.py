@@ -29,8 +29,11 @@ class Inspection:
     """What kept tokens from being counted with the base model."""
 
 
-def inspect(splits: Sequence[Split], base: Path | None, max_length_tokens: int, report: Report) -> Inspection:
-    """Refuses rows with images that do not decode or with too many tokens; without a `base` that can be read tokens are not counted."""
+def inspect(splits: Sequence[Split], base: Path | None, max_length_tokens: int, preferences: bool, report: Report) -> Inspection:
+    """Refuses rows with images that do not decode or with too many tokens; without a `base` that can be read tokens are not counted.
+
+    Rejected answers count only with `preferences`: else nothing is trained on them.
+    """
     base, faults = _readable(base)
     paths = list({image: None for split in splits for example in split.examples for image in example.images})
     steps = len(paths) + (sum(len(split.examples) for split in splits) if base else 0)
@@ -45,8 +48,8 @@ def inspect(splits: Sequence[Split], base: Path | None, max_length_tokens: int, 
             split.refuse(_image_faults(split, looks))
             if base:
                 done = len(paths) + len(tokens)
-                split.refuse(_count(hired, split, looks, base, max_length_tokens, tokens))
-                report(f"{len(tokens)} rows counted", min(1.0, (done + len(split.examples)) / steps))
+                split.refuse(_count(hired, split, looks, base, max_length_tokens, preferences, tokens))
+                report(f"{len(tokens)} rows counted", min(1.0, (done + len(split.examples)) / max(1, steps)))  # no row may be left to look at
     return Inspection(looks, tokens, faults)
 
 
@@ -68,10 +71,13 @@ def _image_faults(split: Split, looks: dict[Path, Look]) -> dict[int, list[Found
     return {row: faults for row, faults in found.items() if faults}
 
 
-def _count(hired: Workers, split: Split, looks: dict[Path, Look], base: Path, limit: int, tokens: dict[tuple[str, int], Tokens]) -> dict[int, list[Found]]:
+def _count(
+    hired: Workers, split: Split, looks: dict[Path, Look], base: Path, limit: int, preferences: bool, tokens: dict[tuple[str, int], Tokens]
+) -> dict[int, list[Found]]:
     """Adds the rows' lengths to `tokens`; returns what is wrong with rows that are too long or cannot be counted."""
     bad: dict[int, list[Found]] = {}
-    tasks = [Task(example.messages, tuple(looks[image].size for image in example.images), example.rejected) for example in split.examples]
+    sizes = [tuple(looks[image].size for image in example.images) for example in split.examples]
+    tasks = [Task(row.messages, size, row.rejected if preferences else "") for row, size in zip(split.examples, sizes, strict=True)]
     for example, counted in zip(split.examples, hired.map(functools.partial(count_all, base), tasks), strict=True):
         if isinstance(counted, str):
             bad[example.row] = [("", counted)]

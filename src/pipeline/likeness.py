@@ -1,6 +1,5 @@
 """Whether two pictures are one picture saved twice: as JPEG or WebP, or at another size. Figures of the bounds stand in tests/test_likeness.py."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Floats = NDArray[numpy.float32]
+Indices = NDArray[numpy.int64]
 GRID = 7
 """Cells a side. A 56x56 picture gets cells of 8x8 pixels, as JPEG's blocks are, so that coarse JPEG colour stays inside its cell."""
 DETAIL = 28
@@ -79,21 +79,29 @@ def alike(pictures: Sequence[Likeness], others: Sequence[Likeness]) -> Iterator[
     if not pictures or not others:
         return
     cells, other_cells = _cells(pictures), _cells(others)
+    aspects, details = numpy.array([picture.aspect for picture in pictures]), _Details(pictures)
     means = _means(cells)
-    bins: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for index, bin_ in enumerate((means // BIN).astype(int).tolist()):
-        bins[tuple(bin_)].append(index)
+    bins = _binned(means)
     for index, wanted in enumerate(_means(other_cells)):
         low, high = (((wanted + slack) // BIN).astype(int).tolist() for slack in (-MAX_MEAN, MAX_MEAN))
-        found = [near for key in product(*(range(a, b + 1) for a, b in zip(low, high, strict=True))) for near in bins.get(key, ())]
-        near = numpy.array(found, int)
+        found = [bins[key] for key in product(*(range(a, b + 1) for a, b in zip(low, high, strict=True))) if key in bins]
+        near = numpy.concatenate([numpy.zeros(0, int), *found])
         near = near[(numpy.abs(means[near] - wanted) <= MAX_MEAN).all(axis=1)][:MAX_CANDIDATES]
         differences = numpy.abs(cells[near] - other_cells[index]).max(axis=1)
         scores = numpy.maximum(differences[:, 0] / MAX_LUMINANCE, differences[:, 1:].max(axis=1) / MAX_COLOUR)
         likest = near[numpy.argsort(scores)][: int((scores <= 1).sum())]
-        match = next((int(each) for each in likest if _same_shape_and_detail(pictures[each], others[index])), None)
-        if match is not None:
-            yield match, index
+        ratios = aspects[likest] / others[index].aspect
+        likest = likest[(ratios > 1 / MAX_ASPECT_RATIO) & (ratios < MAX_ASPECT_RATIO)]
+        same = likest[details.same(likest, others[index])]
+        if len(same):
+            yield int(same[0]), index
+
+
+def _binned(means: Floats) -> dict[tuple[int, ...], Indices]:
+    """The pictures in each bin, in their order."""
+    keys, places, counts = numpy.unique((means // BIN).astype(int), axis=0, return_inverse=True, return_counts=True)
+    members = numpy.split(places.ravel().argsort(kind="stable"), counts.cumsum()[:-1])
+    return dict(zip(map(tuple, keys.tolist()), members, strict=True))
 
 
 def _cells(pictures: Sequence[Likeness]) -> Floats:
@@ -109,19 +117,30 @@ def _means(cells: Floats) -> Floats:
     return means
 
 
-def _same_shape_and_detail(one: Likeness, two: Likeness) -> bool:
-    if not 1 / MAX_ASPECT_RATIO < one.aspect / two.aspect < MAX_ASPECT_RATIO:
-        return False
-    first, second = (_detail(picture) for picture in (one, two))
-    if max(first.std(), second.std()) < PLAIN:
-        return True
-    return float((first * second).mean() / (first.std() * second.std() + 1e-6)) >= MIN_CORRELATION
+class _Details:
+    """What the finer cells of many pictures show beyond the coarse ones; held as bytes, since a picture's details as numbers are four times as large."""
+
+    def __init__(self, pictures: Sequence[Likeness]) -> None:
+        self._fine = _fine(pictures)
+        blocks = (_beyond_coarse(self._fine[start : start + MAX_CANDIDATES]) for start in range(0, len(pictures), MAX_CANDIDATES))
+        self._spread = numpy.concatenate([block.std(axis=1) for block in blocks])
+
+    def same(self, indices: Indices, other: Likeness) -> NDArray[numpy.bool_]:
+        """Whether each of these pictures has the details of `other`, or neither has any."""
+        (wanted,) = _beyond_coarse(_fine([other]))
+        spread, wanted_spread = self._spread[indices], wanted.std()
+        # What is coarse adds nothing, since `wanted` is 0 over each coarse cell; exactly nothing only in float64.
+        products = self._fine[indices].astype(numpy.float64) @ wanted.astype(numpy.float64) / wanted.size
+        same: NDArray[numpy.bool_] = (products / (spread * wanted_spread + 1e-6) >= MIN_CORRELATION) | (numpy.maximum(spread, wanted_spread) < PLAIN)
+        return same
 
 
-def _detail(picture: Likeness) -> Floats:
-    """What the finer cells show beyond the coarse ones."""
-    fine = numpy.frombuffer(picture.detail, numpy.uint8).reshape(DETAIL, DETAIL).astype(numpy.float32)
+def _fine(pictures: Sequence[Likeness]) -> NDArray[numpy.uint8]:
+    return numpy.stack([numpy.frombuffer(picture.detail, numpy.uint8) for picture in pictures])
+
+
+def _beyond_coarse(fine: NDArray[numpy.uint8]) -> Floats:
     size = DETAIL // GRID
-    coarse = fine.reshape(GRID, size, GRID, size).mean((1, 3)).repeat(size, 0).repeat(size, 1)
-    detail: Floats = fine - coarse
+    cells = fine.astype(numpy.float32).reshape(-1, GRID, size, GRID, size)
+    detail: Floats = (cells - cells.mean((2, 4), keepdims=True)).reshape(len(fine), -1)
     return detail

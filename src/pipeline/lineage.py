@@ -32,7 +32,7 @@ class Inputs:
 
 def inputs_of(recipe: FinetuneRecipe, base: BaseModel, rows: Dataset) -> Inputs:
     """All that decides what a training of the recipe makes; the name it is registered under does not."""
-    args = training.published(training.swift_args(recipe, base.folder, Path("train.jsonl"), Path("output")), base.revision, rows.train_digest)
+    args = training.published(training.swift_args(recipe, base.folder, Path("train.parquet"), Path("output")), base.revision, rows.train_digest)
     return Inputs(base, rows, args, training.input_digest(args, recipe.training.processes, basemodel.template_digest(), versions()))
 
 

@@ -21,17 +21,17 @@ def check_recipe_and_rows(path: Path, project: Project, deep: bool) -> tuple[lis
     if not files or not deep:
         check = check_dataset(files, project, recipe=path) if files else None
         return [*faults, *_method_faults_of(path, faults, check)], check
-    base, max_length_tokens = None, Training().max_length_tokens
+    base, max_length_tokens, preferences = None, Training().max_length_tokens, False
     if not faults:  # else images only: which base model and which limit is not known
         recipe = load_recipe(path, FinetuneRecipe)
-        max_length_tokens = recipe.training.max_length_tokens
+        max_length_tokens, preferences = recipe.training.max_length_tokens, recipe.method == "dpo"
         try:
             with progress("base model") as report:
                 base = resolve_base_model(recipe.base_model, project, report).folder
         except InvalidInput as error:
             faults = list(error.faults)
     with progress(f"rows of {path}") as report:
-        check = check_dataset(files, project, Deep(base, max_length_tokens), report, path)
+        check = check_dataset(files, project, Deep(base, max_length_tokens, preferences), report, path)
     return [*faults, *_method_faults_of(path, faults, check)], check
 
 
@@ -48,7 +48,7 @@ def checked_rows(path: Path, recipe: FinetuneRecipe, project: Project) -> Datase
         rows = load_dataset(recipe.dataset, project, recipe=path)
     except InvalidInput:
         with progress("rows") as report:
-            deep = Deep(base_folder_at_hand(recipe.base_model, project), recipe.training.max_length_tokens)
+            deep = Deep(base_folder_at_hand(recipe.base_model, project), recipe.training.max_length_tokens, recipe.method == "dpo")
             raise InvalidInput(check_dataset(recipe.dataset, project, deep, report, path).faults) from None
     if faults := method_faults(recipe, rows.train):
         raise InvalidInput(faults)
@@ -64,9 +64,8 @@ def method_faults(recipe: FinetuneRecipe, train: Sequence[Example]) -> list[Faul
     if recipe.method == "dpo" and plain:
         faults.append(Fault(where, f"row {plain[0]}.rejected_response", f"is missing, in {len(plain)} rows; method: dpo needs an answer that is worse"))
     if weighted and not recipe.training.row_weights:
-        faults.append(
-            Fault(where, f"row {weighted[0]}.weight", f"is given, in {len(weighted)} rows, and not used; set training.row_weights: true, or remove it")
-        )
+        remedy = "set training.row_weights: true, or remove it" if recipe.method == "sft" else "remove it"
+        faults.append(Fault(where, f"row {weighted[0]}.weight", f"is given, in {len(weighted)} rows, and not used; {remedy}"))
     return faults
 
 

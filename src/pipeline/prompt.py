@@ -45,6 +45,7 @@ class Task(NamedTuple):
     messages: tuple[dict[str, str], ...]
     sizes: Sizes
     rejected: str
+    """Empty where nothing is trained on it."""
 
 
 @dataclass(frozen=True)

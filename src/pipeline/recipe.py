@@ -133,7 +133,7 @@ class Training(Section):
     packing: bool = False
     """Fills each row of a batch up to max_length_tokens with several short ones: no padding. Needs device cuda and flash attention."""
     row_weights: bool = False
-    """Rows' `weight` multiplies the loss of their answers; without this a row that has one is an error."""
+    """Rows' `weight` multiplies the loss of their answers' tokens, but not that of the token that ends an answer; without this a row that has one is an error."""
     attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """flash_attention_* need the package flash-attn, which our lock does not hold."""
     checkpoint_steps: Annotated[int, Field(ge=1)] = 50
@@ -175,6 +175,8 @@ class FinetuneRecipe(Section):
     def broken_relations(self) -> Iterator[str]:
         if self.dpo is not None and self.method != "dpo":
             yield "dpo: is read only with method: dpo; remove it, or set the method"
+        if self.method == "dpo" and self.training.row_weights:
+            yield "training.row_weights: does not go with method: dpo, where ms-swift ignores them; remove it"
         if self.quantization and self.training.deepspeed in ("zero3", "zero3_offload"):
             yield f"training.deepspeed: {self.training.deepspeed} cannot gather 4-bit weights; use zero2, or remove quantization"
 

@@ -4,9 +4,9 @@ JSONL, JSON and CSV are read with the standard library: a bad line is that row's
 """
 
 import csv
-import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -147,30 +147,40 @@ def _numbered(shards: list[Path], project: Project) -> Iterator[Row]:
 
 
 def _parquet_rows(shards: list[Path], project: Project) -> Iterator[Row]:
-    datasets = _datasets(project)
-    number = 0
+    numbers = itertools.count(1)
     for shard in shards:
-        try:
-            table = datasets.load_dataset("parquet", data_files=[glob.escape(str(shard))], split="train", streaming=True)
-            for batch in table.with_format("arrow").iter(BATCH_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Row(number, _with_stored_images(row, project), shard.parent)
-        except (ValueError, OSError, TypeError, datasets.exceptions.DatasetsError) as error:
-            raise _refused(shard, project, f"is not Parquet that can be read ({str(error).splitlines()[0] if str(error) else error!r})") from error
+        for row in _parquet_contents(shard, project):
+            yield Row(next(numbers), _with_stored_images(row, project), shard.parent)
+
+
+def _parquet_contents(shard: Path, project: Project) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet  # not `datasets`, which refuses a shard without rows
+
+    try:
+        with parquet.ParquetFile(shard) as file:
+            for batch in file.iter_batches(BATCH_ROWS):
+                yield from batch.to_pylist()
+    except (ValueError, OSError, pyarrow.ArrowException) as error:
+        raise _refused(shard, project, f"is not Parquet that can be read ({str(error).splitlines()[0] if str(error) else error!r})") from error
 
 
 def _saved_rows(path: Path, project: Project) -> Iterator[Row]:
+    for number, row in enumerate(_saved_contents(path, project), 1):
+        yield Row(number, _with_stored_images(row, project), path)
+
+
+def _saved_contents(path: Path, project: Project) -> Iterator[dict[str, Any]]:
+    import pyarrow
+
     datasets = _datasets(project)
     try:
-        table = datasets.load_from_disk(str(path))
-    except (ValueError, OSError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
+        for batch in datasets.load_from_disk(str(path)).with_format("arrow").iter(BATCH_ROWS):
+            yield from batch.to_pylist()
+    except IndexError:  # what `load_from_disk` raises where no rows were saved
+        return
+    except (ValueError, OSError, KeyError, TypeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise _refused(path, project, f"is not a dataset that `save_to_disk` wrote ({error}); save it again") from error
-    number = 0
-    for batch in table.with_format("arrow").iter(BATCH_ROWS):
-        for row in batch.to_pylist():
-            number += 1
-            yield Row(number, _with_stored_images(row, project), path)
 
 
 def _datasets(project: Project) -> Any:

@@ -52,6 +52,11 @@ class Split:
         more = [self.fault("", f"and {len(found) - MAX_WARNINGS} more warnings like the last")] if len(found) > MAX_WARNINGS else []
         self.warnings += [*found[:MAX_WARNINGS], *more]
 
+    def refuse_mixed(self) -> None:
+        """Rows to train on all have a rejected answer, or none has: ms-swift raises on one without where others have one."""
+        if 0 < (preferences := sum(bool(example.rejected) for example in self.examples)) < len(self.examples):
+            self.faults.append(self.fault("", f"{preferences} of {len(self.examples)} rows have a rejected_response; give all rows of a file one, or none"))
+
     def settle(self, max_bad_rows: int) -> None:
         """Bad rows become warnings if so many may be left out, else faults."""
         if len(self.bad) <= max_bad_rows:
@@ -85,9 +90,6 @@ def read_split(path: Path, project: Project) -> Split:
                 split.bad[row.number] = found
     except InvalidInput as error:
         split.faults += error.faults
-    preferences = sum(bool(example.rejected) for example in split.examples)
-    if 0 < preferences < len(split.examples):  # ms-swift raises on a row without one where others have one
-        split.faults.append(split.fault("", f"{preferences} of {len(split.examples)} rows have a rejected_response; give all rows of a file one, or none"))
     thoughts = [example.row for example in split.examples if (thought := THOUGHT.match(example.answer)) and thought[0] != "<think></think>"]
     if thoughts:
         split.warn([("", f"{len(thoughts)} answers begin with a thought (first: row {thoughts[0]}); models are served without thinking, after an empty one")])

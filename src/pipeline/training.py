@@ -207,8 +207,8 @@ def train_adapter(recipe: FinetuneRecipe, base: Path, dataset: Dataset, folder: 
     if resumed and resumed.is_last(stopping.patience_checkpoints if stopping else None):
         follow_log.read()
     else:
-        write_swift_rows(dataset.train, folder / "train.jsonl")
-        args = swift_args(recipe, base, folder / "train.jsonl", output)
+        write_swift_rows(dataset.train, folder / "train.parquet")
+        args = swift_args(recipe, base, folder / "train.parquet", output)
         if resumed:
             args["resume_from_checkpoint"] = str(resumed.folder)
             resumed.take_cadence({key: value for key in CADENCE if isinstance(value := args.get(key), int)})
