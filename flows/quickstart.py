@@ -63,9 +63,9 @@ def quickstart(project: Project, finetune_recipe: Path, serving_recipe: Path, se
         with _timed(seconds, "evaluation"):
             questions = dataset.read_examples(project.resolve(recipe.dataset.eval), project, recipe.dataset.max_bad_rows)
             with progress("asking the base") as report:
-                base_answers = evaluate(up.url, serving.served_name, questions, report)
+                base_answers = evaluate(up.url, serving.served_name, questions, report, file=str(recipe.dataset.eval))
             with progress("asking the adapter") as report:
-                adapter_answers = _ask_adapter(up.url, version, questions, report)
+                adapter_answers = _ask_adapter(up.url, version, questions, report, str(recipe.dataset.eval))
         if keep:
             for server in (up, *(found for found in services.find_services(project) if found.name in (services.MLFLOW, services.PREFECT))):
                 services.keep(server)
@@ -74,9 +74,9 @@ def quickstart(project: Project, finetune_recipe: Path, serving_recipe: Path, se
     return Result(version, base_answers, adapter_answers, seconds, f"{up.url}/v1", _failure(version, champion, base_answers, adapter_answers))
 
 
-def _ask_adapter(url: str, version: Version, questions: tuple[Example, ...], report: Any) -> Evaluation:
+def _ask_adapter(url: str, version: Version, questions: tuple[Example, ...], report: Any, file: str) -> Evaluation:
     try:
-        return evaluate(url, version.name, questions, report)
+        return evaluate(url, version.name, questions, report, file=file)
     except ServingError as error:
         raise ServingError(f"{error}; if {version.name} has no champion: tuneserve promote {version.label}") from error
 

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from pipeline import preflight, process
+from pipeline.cli import cli
+from pipeline.errors import Fault
 from pipeline.project import Project
 from tests.conftest import ROOT, row, write_counting_base, write_image, write_rows
 from tests.test_dataset import SIX, six_faults
@@ -177,6 +181,43 @@ def test_gc_without_its_registry_still_lists_and_leaves_what_it_cannot_judge(tmp
     entries = {entry["category"]: entry for entry in json.loads(done.stdout)["entries"]}
     assert done.returncode == 0 and not entries["runs"]["removable"] and why in entries["runs"]["reason"]
     assert entries["caches"]["removable"] and not (tmp_path / ".tuneserve/cache/vllm").exists() and (tmp_path / ".tuneserve/runs" / ("a" * 32)).is_dir()
+
+
+@pytest.mark.parametrize("block", ["_project()", "_using_caches(project)"])
+def test_gc_leaves_the_caches_of_a_running_command_alone(tmp_path: Path, block: str) -> None:
+    picture = tmp_path / ".tuneserve/cache/images/0.png"
+    picture.parent.mkdir(parents=True)
+    picture.touch()
+    code = "import click, time; from pipeline.cli import _project, _using_caches, cli; from pipeline.project import find_project; project = find_project()\n"
+    code += f"with click.Context(cli, info_name='train'), {block}: print(1, flush=True); time.sleep(60)"
+    command = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE)
+    try:
+        assert command.stdout and command.stdout.readline() == b"1\n"
+        (entry,) = json.loads(tuneserve("gc", "--delete", "--json", cwd=tmp_path).stdout)["entries"][:1]
+        assert not entry["removable"] and "command runs" in entry["reason"] and picture.exists()
+    finally:
+        command.kill()
+        command.wait()
+    assert tuneserve("gc", "--delete", cwd=tmp_path).returncode == 0 and not picture.exists()
+
+
+def test_the_check_holds_the_caches_and_makes_no_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def look(path: Path, project: Project, deep: bool) -> tuple[list[Fault], None]:
+        if project.state.is_dir():
+            with process.if_unlocked(project.in_use) as free:
+                seen.append(free)
+        return [], None
+
+    monkeypatch.setattr(preflight, "check_recipe_and_rows", look)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TUNESERVE_PROJECT", raising=False)
+    for made in ("", ".tuneserve"):
+        (tmp_path / made).mkdir(exist_ok=True)
+        assert CliRunner().invoke(cli, ["check", "r.yaml"]).exit_code == 0
+        assert bool(made) or not list(tmp_path.iterdir())
+    assert seen == [False]
 
 
 def test_gc_outside_a_project_makes_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from pipeline import basemodel, disk, process
-from pipeline.disk import Entry, Known, Removal
+from pipeline.disk import Entry, Known, Limits, Removal
 from pipeline.project import Project
-from pipeline.registry import Registered
+from pipeline.registry import Registered, Trace
 
-HELD, NAMED, OLD, YOUNG, GONE, ACTIVE, FOREIGN = (letter * 32 for letter in "abcdef0")
-"""Run ids: of a version, of a version without files, unfinished ones, one deleted in the registry, one that it has, one of a foreign version."""
+HELD, NAMED, OLD, YOUNG, DELETED, ACTIVE, FOREIGN, MISSING, TRAINED = (letter * 32 for letter in "abcdef012")
+"""Run ids: of a version, of a version without files, unfinished ones, one deleted in the registry, one that it has, one of a foreign version,
+one that it does not have, one that was trained and never registered."""
 DIGEST, LOST, LIVE = "1" * 64, "2" * 64, "3" * 64
 
 
@@ -29,11 +31,28 @@ class FakeRegistry:
             Registered("foreign/1", None, frozenset({FOREIGN})),
         ]
 
-    def is_gone(self, run_id: str) -> bool:
-        return run_id not in (ACTIVE, YOUNG, OLD)
+    def trace(self, run_id: str) -> Trace | None:
+        return Trace(run_id == DELETED, "shop", run_id * 2) if run_id in (HELD, DELETED, ACTIVE, YOUNG, OLD, TRAINED) else None
 
     def holds_adapter(self, run_id: str) -> bool:
         return run_id in (HELD, FOREIGN)
+
+
+class Remade(FakeRegistry):
+    """Its database was lost and made again."""
+
+    def registered(self) -> list[Registered]:
+        return []
+
+    def trace(self, run_id: str) -> Trace | None:
+        return None
+
+
+class Rebegun(Remade):
+    """Lost and made again, and then one training began."""
+
+    def trace(self, run_id: str) -> Trace | None:
+        return Trace(False, "shop", "8" * 64) if run_id == YOUNG else None
 
 
 def put(path: Path, days_old: float = 0.0, size_bytes: int = 5000) -> Path:
@@ -43,6 +62,13 @@ def put(path: Path, days_old: float = 0.0, size_bytes: int = 5000) -> Path:
     for touched in (path, path.parent):
         os.utime(touched, (then, then))
     return path
+
+
+def aged(path: Path, days_old: float) -> None:
+    """Gives the file and the folders above it, up to the run's, that age."""
+    then = time.time() - days_old * 86400
+    for touched in (path, *path.parents[:3]):
+        os.utime(touched, (then, then))
 
 
 @pytest.fixture
@@ -58,12 +84,16 @@ def full(project: Project) -> Project:
     put(project.runs / NAMED / "adapter" / "adapter_model.safetensors", 30)
     put(project.runs / OLD / "train.parquet", 8)
     put(project.runs / YOUNG / "train.parquet", 6)
+    put(project.runs / TRAINED / "adapter" / "adapter_model.safetensors", 30)
+    os.utime(project.runs / TRAINED, (0, 0))
     for name in (
         "mlflow.log",
         "mlflow.log.1",
         f"training-{HELD}.log",
         f"training-{YOUNG}.log",
+        f"training-{YOUNG}.log.1",
         f"training-{'9' * 32}.log",
+        f"training-{'9' * 32}.log.1",
         "tuneserve.jsonl",
         "tuneserve.jsonl.1",
     ):
@@ -72,16 +102,18 @@ def full(project: Project) -> Project:
         put(project.state / "serving" / "tiny" / "adapters" / digest / "adapter_model.safetensors")
     (project.state / "serving" / "tiny" / "adapters" / LOST).chmod(0o555)
     (project.state / "serving" / "tiny" / "live.json").write_text(json.dumps({"shop": {"digest": LIVE}}))
-    for run_id in (HELD, FOREIGN, ACTIVE, GONE):
-        put(project.mlruns / "artifacts" / "1" / run_id / "artifacts" / "adapter" / "adapter_model.safetensors")
+    put(project.logs / f"training-{'9' * 32}.ranks" / "0" / "stderr.log")
+    for run_id in (HELD, FOREIGN, ACTIVE, DELETED, MISSING):
+        aged(put(project.mlruns / "artifacts" / "1" / run_id / "artifacts" / "adapter" / "adapter_model.safetensors"), 8)
+    aged(put(project.mlruns / "artifacts" / "1" / ("7" * 32) / "artifacts" / "model_card.md"), 8)
     put(project.mlruns / "artifacts" / "1" / "models" / "m")
     return project
 
 
-def survey(project: Project, known: Known | None = None, days: float = 7, ours: bool = True, asked: bool = True) -> list[Entry]:
+def survey(project: Project, known: Known | None = None, days: float = 7, ours: bool = True, asked: bool = True, unregistered: bool = False) -> list[Entry]:
     if asked and known is None:
         known = disk.know(FakeRegistry(), disk.run_ids(project))
-    return disk.survey(project, known, unknown="MLflow is away", artifacts_ours=ours, older_than_days=days)
+    return disk.survey(project, known, unknown="MLflow is away", artifacts_ours=ours, limits=Limits(days, unregistered))
 
 
 def can_go(entries: list[Entry], category: str) -> set[str]:
@@ -95,7 +127,7 @@ def reason(entries: list[Entry], name: str, category: str) -> str:
 
 
 def snapshot(root: Path) -> set[str]:
-    return {str(path.relative_to(root)) for path in root.rglob("*") if path.name != ".tiny.lock" and not path.name.endswith(".start")}
+    return {str(path.relative_to(root)) for path in root.rglob("*") if not path.name.endswith((".lock", ".start"))}
 
 
 def test_what_may_go_and_what_stays(full: Project) -> None:
@@ -103,17 +135,50 @@ def test_what_may_go_and_what_stays(full: Project) -> None:
     assert can_go(entries, disk.BASES) == {"tiny-000000000000", ".tiny-000000000000.draft"}
     assert can_go(entries, disk.CACHES) == {"vllm"}
     assert can_go(entries, disk.RUNS) == {HELD, OLD}
-    assert can_go(entries, disk.LOGS) == {"mlflow.log.1", f"training-{HELD}.log", f"training-{'9' * 32}.log"}
+    assert can_go(entries, disk.LOGS) == {"mlflow.log.1", f"training-{HELD}.log", *(f"training-{'9' * 32}.{end}" for end in ("log", "log.1", "ranks"))}
     assert can_go(entries, disk.SERVED) == {LOST, ".unfinished-12ab"}
-    assert can_go(entries, disk.ARTIFACTS) == {GONE}
+    assert can_go(entries, disk.ARTIFACTS) == {DELETED, "7" * 32}
     assert "only one" in reason(entries, NAMED, disk.RUNS)
     assert "registered version" in reason(entries, FOREIGN, disk.ARTIFACTS)
     assert "even without the registry" in reason(entries, LIVE, disk.SERVED)
 
 
-def test_the_age_counts_for_unfinished_trainings_alone(full: Project) -> None:
+def test_the_age_counts_for_unfinished_trainings_and_artifacts_without_a_run(full: Project) -> None:
     assert can_go(survey(full, days=30), disk.RUNS) == {HELD}
     assert can_go(survey(full, days=0), disk.RUNS) == {HELD, OLD, YOUNG}
+    old = survey(full, days=9)
+    assert can_go(old, disk.ARTIFACTS) == set() and "restore" in reason(old, DELETED, disk.ARTIFACTS)
+    assert can_go(survey(full, days=7), disk.ARTIFACTS) == can_go(survey(full, days=0), disk.ARTIFACTS) == {DELETED, "7" * 32}
+
+
+def test_an_adapter_goes_only_if_its_run_is_known_and_the_user_says_so(full: Project) -> None:
+    assert "--unregistered" in reason(survey(full, days=0), TRAINED, disk.RUNS)
+    assert can_go(survey(full, unregistered=True), disk.RUNS) == {HELD, OLD, TRAINED}
+    assert can_go(survey(full, days=31, unregistered=True), disk.RUNS) == {HELD}
+    put(full.runs / MISSING / "adapter" / "adapter_model.safetensors")
+    entries = survey(full, days=0, unregistered=True)
+    assert "no such run" in reason(entries, MISSING, disk.RUNS) and "hold an adapter" in reason(entries, MISSING, disk.ARTIFACTS)
+
+
+def test_a_registry_that_was_lost_and_made_again_clears_nothing(full: Project) -> None:
+    entries = survey(full, disk.know(Remade(), disk.run_ids(full)), days=0, unregistered=True)
+    assert can_go(entries, disk.RUNS) == can_go(entries, disk.ARTIFACTS) == set() and can_go(entries, disk.SERVED) == {".unfinished-12ab"}
+    assert {reason(entries, HELD, category) for category in (disk.RUNS, disk.ARTIFACTS)} == {reason(entries, LOST, disk.SERVED)} == {disk.STRANGE}
+    assert f"training-{HELD}.log" not in can_go(entries, disk.LOGS)
+
+
+def test_one_that_has_a_training_again_clears_no_adapter(full: Project) -> None:
+    put(full.runs / HELD / "adapter" / "adapter_model.safetensors", 30)
+    entries = survey(full, disk.know(Rebegun(), disk.run_ids(full)), days=0, unregistered=True)
+    adapters = {path.relative_to(full.root).parts[2 if ".tuneserve" in path.parts else 3] for path in full.root.rglob("adapter_model.safetensors")}
+    assert not adapters & (can_go(entries, disk.RUNS) | can_go(entries, disk.ARTIFACTS)) and {HELD, NAMED, TRAINED, FOREIGN, DELETED} <= adapters
+
+
+def test_a_fetched_adapter_is_enough_to_know_the_registry_by(project: Project) -> None:
+    for digest in (DIGEST, LOST):
+        put(project.state / "serving" / "tiny" / "adapters" / digest / "adapter_model.safetensors")
+    assert can_go(survey(project), disk.SERVED) == {LOST}
+    assert can_go(survey(project, disk.know(Remade(), frozenset())), disk.SERVED) == set()
 
 
 def test_removal_takes_what_was_listed_and_nothing_else(full: Project) -> None:
@@ -203,16 +268,114 @@ def test_while_a_command_trains_unfinished_runs_stay_but_registered_ones_may_go(
     entries = survey(full)
     with process.locked(lock):
         assert can_go(survey(full), disk.RUNS) == {HELD}
-        removal = disk.remove(full, [entry for entry in entries if entry.category == disk.RUNS])
+        removal = disk.remove(full, [entry for entry in entries if entry.category == disk.RUNS and entry.path.is_dir()])
     assert [path.name for path in removal.removed] == [HELD] and [path.name for path in removal.left] == [OLD]
     assert can_go(survey(full), disk.RUNS) == {OLD} and lock.exists()
 
 
-def test_a_tiny_base_that_is_being_made_stays(full: Project) -> None:
-    with process.locked(full.bases / ".tiny.lock"):
+def test_while_any_command_of_ours_runs_caches_and_old_bases_stay(full: Project) -> None:
+    entries = survey(full)
+    shared = [entry for entry in entries if entry.path.name in ("vllm", "tiny-000000000000")]
+    with process.shared(full.in_use):
+        assert can_go(survey(full), disk.CACHES) == set() and can_go(survey(full), disk.BASES) == {".tiny-000000000000.draft"}
+        assert set(disk.remove(full, shared).left) == {entry.path for entry in shared}
+    assert can_go(survey(full), disk.CACHES) == {"vllm"} and len(disk.remove(full, shared).removed) == 2
+
+
+def test_while_a_training_lock_is_held_caches_stay_even_one_that_is_new_since_the_list(full: Project) -> None:
+    entries = [entry for entry in survey(full) if entry.category == disk.CACHES]
+    with process.locked(full.runs / "shop-0123456789abcdef.lock"):
+        assert can_go(survey(full), disk.CACHES) == set()
+        assert disk.remove(full, entries).removed == ()
+
+
+def test_a_command_that_begins_while_caches_go_waits(full: Project) -> None:
+    waited: list[str] = []
+    with process.if_unlocked(full.in_use) as alone:
+        begun = threading.Thread(target=lambda: hold_share(full.in_use, waited))
+        begun.start()
+        while not waited:
+            time.sleep(0.01)
+        assert alone and waited == ["waiting"]
+    begun.join()
+    assert waited == ["waiting", "has it"]
+
+
+def hold_share(path: Path, waited: list[str]) -> None:
+    with process.shared(path, lambda: waited.append("waiting")):
+        waited.append("has it")
+
+
+def test_the_lock_of_the_run_is_taken_even_if_no_file_was_there(full: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `train` that begins while the folder goes must wait, and then begin anew."""
+    entries = [entry for entry in survey(full) if entry.path.name in (HELD, OLD)]
+    seen: list[bool] = []
+
+    def look(path: Path) -> None:
+        lock = full.runs / f"shop-{path.name[:16]}.lock"
+        with process.if_unlocked(lock) as free:
+            seen.append(free)
+
+    monkeypatch.setattr(disk, "discard", look)
+    disk.remove(full, entries)
+    assert seen == [False, False]
+
+
+def test_a_training_that_resumes_after_the_list_keeps_its_folder_and_its_logs(full: Project) -> None:
+    logs = [put(full.logs / f"training-{OLD}.{end}") for end in ("log", "log.1")] + [put(full.logs / f"training-{OLD}.ranks" / "0").parent]
+    entries = survey(full)
+    assert {path.name for path in logs} <= can_go(entries, disk.LOGS)
+    with process.new_lease(full.runs / OLD / "training.lease"):
+        left = disk.remove(full, entries).left
+    assert all(path.exists() for path in logs) and {*logs, full.runs / OLD} <= set(left)
+
+
+def test_the_logs_of_a_folder_that_could_not_go_stay(full: Project) -> None:
+    logs = [entry for entry in survey(full) if entry.category == disk.LOGS]
+    left = disk.remove(full, logs).left
+    assert left == {full.logs / f"training-{HELD}.log": "its run's folder is still there"}
+
+
+def test_what_was_written_to_since_the_list_stays(full: Project) -> None:
+    entries = survey(full)
+    put(full.logs / "mlflow.log.1", -1)
+    put(full.mlruns / "artifacts" / "1" / DELETED / "artifacts" / "new", -1)
+    left = disk.remove(full, entries).left
+    assert {path.name for path in left} == {"mlflow.log.1", DELETED}
+
+
+def test_a_killed_command_s_training_counts_until_it_has_ended(full: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = full.runs / OLD / "training.lease"
+    process.new_lease(lease).close()
+    os.utime(lease, (0, 0))
+    os.utime(full.runs / OLD, (0, 0))
+    supervisor = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(lease)])
+    try:
+        assert disk.activity(full).trainings == {OLD}
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+    assert disk.activity(full).trainings == set()
+
+
+def test_old_locks_of_trainings_go_unless_they_are_held(full: Project) -> None:
+    old, held, young = (full.runs / f"{name}-0123456789abcdef.lock" for name in ("old", "held", "young"))
+    for lock in (old, held, young):
+        lock.touch()
+    with process.locked(held):
+        for lock in (old, held):
+            os.utime(lock, (0, 0))
         entries = survey(full)
-        assert can_go(entries, disk.BASES) == {"tiny-000000000000"}
-        assert disk.remove(full, [entry for entry in entries if entry.category == disk.BASES]).left
+        assert {name for name in can_go(entries, disk.RUNS) if name.endswith(".lock")} == {old.name}
+        disk.remove(full, [entry for entry in entries if entry.path == old])
+        assert not old.exists() and held.exists() and young.exists()
+
+
+def test_a_tiny_base_that_is_being_made_stays(full: Project) -> None:
+    entries = [entry for entry in survey(full) if entry.category == disk.BASES and entry.removable]
+    with process.locked(full.bases / ".tiny.lock"):
+        assert can_go(survey(full), disk.BASES) == set()
+        assert len(disk.remove(full, entries).left) == 2
 
 
 def test_links_are_neither_followed_nor_removed(full: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -256,7 +419,11 @@ def test_what_cannot_be_removed_is_said(full: Project, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(disk, "discard", refuse)
     removal = disk.remove(full, survey(full))
-    assert removal.removed == () and removal.freed_bytes == 0 and all("no" in why for why in removal.left.values())
+    assert (
+        removal.removed == ()
+        and removal.freed_bytes == 0
+        and {why.rpartition(": ")[2] for why in removal.left.values()} == {"no", "its run's folder is still there"}
+    )
 
 
 def test_an_empty_project_has_nothing(project: Project) -> None:

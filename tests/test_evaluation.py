@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset import Example
-from pipeline.evaluation import Answer, Evaluation, openai_messages
+from pipeline.errors import ServingError
+from pipeline.evaluation import Answer, Evaluation, evaluate, openai_messages
+from pipeline.journal import failure_fields
 from tests.conftest import write_image
 
 
@@ -70,3 +72,11 @@ def test_an_image_part_stands_where_its_tag_stood(tmp_path: Path) -> None:
     assert [part["text"] for part in user["content"] if part["type"] == "text"] == ["first, ", "second"]
     urls = [part["image_url"]["url"] for part in user["content"] if part["type"] == "image_url"]
     assert len(set(urls)) == 2 and all(url.startswith("data:image/png;base64,") for url in urls)
+
+
+def test_a_row_that_is_not_answered_is_named_and_not_quoted() -> None:
+    messages = ({"role": "user", "content": "Which Rubio watch?"}, {"role": "assistant", "content": "x"})
+    with pytest.raises(ServingError) as failed:
+        evaluate("http://127.0.0.1:9", "shop", [Example(messages, (), row=7)], lambda text, fraction: None, file="e.jsonl")
+    assert failure_fields(failed.value)["reason"] == "shop at http://127.0.0.1:9 did not answer row 7 of e.jsonl (APIConnectionError)"
+    assert "Rubio" not in str(failed.value) and "Connection error" in str(failed.value)

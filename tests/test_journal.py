@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import journal
-from pipeline.errors import Fault, InvalidInput, ProcessFailed, RegistryError
+from pipeline.errors import Fault, InvalidInput, ProcessFailed, RegistryError, ServingError
 from pipeline.progress import progress
 
 
@@ -69,10 +69,29 @@ def test_stages_are_journalled_with_their_end_and_seconds(logs: Path) -> None:
         (InvalidInput([Fault("rows.jsonl", "3", "'Rubio watch' is empty")]), {"error": "InvalidInput", "faults": 1}),
         (ProcessFailed("training failed; the log is x\n    Rubio watch"), {"error": "ProcessFailed", "reason": "training failed; the log is x"}),
         (ValueError("Rubio watch"), {"error": "ValueError"}),
+        (ServingError("row 3 of e.jsonl (BadRequestError)\nRubio watch"), {"error": "ServingError", "reason": "row 3 of e.jsonl (BadRequestError)"}),
     ],
 )
 def test_rows_stay_out_of_it(error: Exception, fields: dict[str, object]) -> None:
     assert journal.failure_fields(error) == fields
+
+
+@pytest.mark.parametrize(
+    ("said", "written"),
+    [
+        ("http://me:p@ss@host:5000 is away", "http://host:5000 ..."),
+        ("MLflow at http://me:p@ss/word@host:5: no (host='ss', url: /word@host:5/api)", "MLflow at http://host:5 ..."),
+        ("http://me:ss/word@host:5000/api is wrong", "http://host:5000/api ..."),
+        ("http://me:pass@host, https://you:secret@other/x", "http://host, https://other/x"),
+        ("no row names it: /p/services/mlflow@12-34.lease, a@b", "no row names it: /p/services/mlflow@12-34.lease, a@b"),
+        ("x" * 480 + " http://me:" + "pass" * 9 + "@host", "x" * 480 + " http://host"),
+    ],
+)
+def test_passwords_stay_out_of_it_whole(said: str, written: str, logs: Path) -> None:
+    assert journal.failure_fields(RegistryError(said)) == {"error": "RegistryError", "reason": written}
+    logging.getLogger("pipeline.x").info(said, extra={"replicas": (said,), "url": said})
+    (line,) = lines(logs)
+    assert (line["event"], line["replicas"], line["url"]) == (written, [written], written)
 
 
 def test_opening_it_twice_writes_each_line_once(logs: Path) -> None:

@@ -1,8 +1,10 @@
 """Nothing that we start outlives us, however we end; what others still use stays."""
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,3 +175,46 @@ def test_a_taken_port_is_reported_with_its_holder(website: Callable[..., service
         with pytest.raises(ServingError, match=r"held by process \d+ .*http\.server"):
             services.require_free_port("127.0.0.1", port)
         assert services.free_port(port) != port
+
+
+def test_a_lock_whose_file_was_removed_keeps_nobody_out_and_is_taken_anew(tmp_path: Path) -> None:
+    path, has = tmp_path / "x.lock", threading.Event()
+
+    def hold() -> None:
+        with process.locked(path, path.unlink):  # as `gc` does it, while it holds it
+            with process.if_unlocked(path) as free:
+                assert not free
+            has.set()
+
+    waiting = threading.Thread(target=hold)
+    with process.locked(path):
+        waiting.start()
+        while path.exists():
+            time.sleep(0.01)
+    waiting.join()
+    assert has.is_set() and path.exists()
+
+
+def test_looking_whether_a_lock_is_held_is_no_use_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    path.touch()
+    os.utime(path, (0, 0))
+    with process.if_unlocked(path) as free:
+        assert free and path.stat().st_mtime == 0
+    with process.locked(path):
+        assert path.stat().st_mtime > 0
+
+
+def test_shares_keep_out_whoever_wants_it_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    with process.shared(path), process.shared(path), process.if_unlocked(path) as free:
+        assert not free
+    with process.if_unlocked(path) as free:
+        assert free
+
+
+def test_a_lock_that_is_removed_while_it_is_being_taken_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.lock"
+    monkeypatch.setattr(process.fcntl, "flock", lambda file, how: path.unlink())
+    with process.if_unlocked(path) as free:
+        assert not free

@@ -9,9 +9,11 @@ from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
+from pipeline import disk
 from pipeline.adapter import read_adapter
 from pipeline.errors import RegistryError
-from pipeline.registry import Registry, TrainingRun, Version, flat
+from pipeline.project import Project
+from pipeline.registry import Registry, Trace, TrainingRun, Version, flat
 from pipeline.version import ARTIFACT_FOLDER
 from tests.conftest import write_adapter
 
@@ -150,17 +152,32 @@ def test_what_disk_asks_of_it(registry: Registry, tmp_path: Path) -> None:
     version = register(registry, tmp_path / "a", "kept")
     registry.client.create_registered_model("linked")
     registry.client.create_model_version("linked", f"mlflow-artifacts:/1/{'c' * 32}/artifacts/adapter")
-    with registry.run("kept", {}, {}) as bare:
+    with registry.run("kept", {}, {"recipe": "kept", "input_digest": "i"}) as bare:
         pass
     by_label = {found.label: found for found in registry.registered()}
     assert by_label["kept/1"].digest == version.digest and by_label["kept/1"].run_ids == {version.run_id}
     assert by_label["linked/1"].digest is None and by_label["linked/1"].run_ids == {"c" * 32}
     assert registry.holds_adapter(version.run_id) and not registry.holds_adapter(bare.run_id)
-    assert not registry.is_gone(bare.run_id) and registry.is_gone("d" * 32)
+    assert registry.trace(bare.run_id) == Trace(False, "kept", "i") and registry.trace("d" * 32) is None
     registry.client.delete_run(bare.run_id)
-    assert registry.is_gone(bare.run_id)
+    assert registry.trace(bare.run_id) == Trace(True, "kept", "i")
+    registry.client.restore_run(bare.run_id)
+    assert registry.trace(bare.run_id) == Trace(False, "kept", "i")
     registry.client.delete_model_version("kept", "1")
     assert "kept/1" not in {found.label for found in registry.registered()}
+
+
+def test_an_empty_database_in_the_place_of_a_lost_one_clears_no_adapter(registry: Registry, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = register(registry, project.runs / "x", "lost")
+    folders = [project.runs / version.run_id, project.mlruns / "artifacts" / "1" / version.run_id]
+    for folder in folders:
+        write_adapter(folder / "adapter")
+    monkeypatch.chdir(project.root)
+    limits = disk.Limits(0, unregistered=True)
+    for asked, going in ((Registry(f"sqlite:///{project.root}/mlflow.db"), set()), (registry, {folders[0]})):
+        known = disk.know(asked, disk.run_ids(project))
+        entries = disk.survey(project, known, unknown="", artifacts_ours=True, limits=limits)
+        assert {entry.path for entry in entries if entry.removable} == going
 
 
 def test_what_is_registered_is_read_page_by_page(monkeypatch: pytest.MonkeyPatch) -> None:

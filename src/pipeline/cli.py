@@ -4,6 +4,7 @@ Heavy packages (torch, vllm, mlflow, prefect, openai) are imported inside the co
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -38,7 +39,7 @@ def cli() -> None:
 
 
 @contextlib.contextmanager
-def _project() -> "Iterator[Project]":
+def _project(*, uses_caches: bool = True) -> "Iterator[Project]":
     """The project, its environment set in this process, its journal open; what was started for the block is gone when this returns."""
     from pipeline import services
     from pipeline.project import find_project
@@ -46,10 +47,26 @@ def _project() -> "Iterator[Project]":
     project = find_project()
     project.use_environment()
     _begin_journal(project)
-    try:
-        yield project
-    finally:
-        services.wait_all_ended(project)
+    with _using_caches(project) if uses_caches else contextlib.nullcontext():
+        try:
+            yield project
+        finally:
+            services.wait_all_ended(project)
+
+
+@contextlib.contextmanager
+def _using_caches(project: "Project") -> Iterator[None]:
+    """Until the block ends `gc` removes no cache, and so no picture that was unpacked from a table."""
+    from pipeline import process
+
+    with contextlib.ExitStack() as stack:
+        if project.state.is_dir() or (project.root / "recipes").is_dir():  # elsewhere a mere check would make a project
+            try:
+                stack.enter_context(process.shared(project.in_use, lambda: click.echo("waiting for tuneserve gc, which removes caches", err=True)))
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):  # where nothing can be written, no cache is ours
+                    raise TuneserveError(f"{project.in_use}: cannot be locked ({error.strerror}); free the disk or correct its rights") from error
+        yield
 
 
 def _begin_journal(project: "Project") -> None:
@@ -86,13 +103,14 @@ def check(recipes: tuple[Path, ...], deep: bool, as_json: bool) -> None:
     faults: list[Fault] = []
     warnings: list[Fault] = []
     statistics: dict[str, Any] = {}
-    for path in recipes:
-        found, checked = check_recipe_and_rows(path, project, deep)
-        faults += found
-        if checked:
-            faults += checked.faults
-            warnings += checked.warnings
-            statistics |= {str(path): checked.statistics} if checked.statistics else {}
+    with _using_caches(project):
+        for path in recipes:
+            found, checked = check_recipe_and_rows(path, project, deep)
+            faults += found
+            if checked:
+                faults += checked.faults
+                warnings += checked.warnings
+                statistics |= {str(path): checked.statistics} if checked.statistics else {}
     faults, warnings = list(dict.fromkeys(faults)), list(dict.fromkeys(warnings))  # recipes may share their rows
     if as_json:
         answer: dict[str, Any] = {"ok": not faults, "errors": [fault.as_dict() for fault in faults], "warnings": [each.as_dict() for each in warnings]}
@@ -308,21 +326,28 @@ def quickstart(keep: bool, no_promote: bool, as_json: bool) -> None:
     default=7,
     show_default=True,
     metavar="DAYS",
-    help="Age at which an unfinished training may go.",
+    help="Age at which an unfinished training, and what a run without a version left in the registry's files, may go.",
+)
+@click.option(
+    "--unregistered", is_flag=True, help="Let trainings of that age go too whose adapter is there and was never registered; only if the registry has the run."
 )
 @json_option
-def gc(delete: bool, older_than_days: int, as_json: bool) -> None:
-    """List what fills this project's disk and what of it may go, and why; with --delete, remove that. Nothing goes that runs or cannot be made again."""
+def gc(delete: bool, older_than_days: int, unregistered: bool, as_json: bool) -> None:
+    """List what fills this project's disk and what of it may go, and why; with --delete, remove that.
+
+    Nothing goes that runs, that a tuneserve command may be using, or that cannot be made again. An adapter never goes because a registry does not know it.
+    """
     from pipeline import disk
     from pipeline.project import find_project
 
     here = find_project()
     if not (here.state.is_dir() or here.mlruns.is_dir()):
         raise TuneserveError(f"{here.root}: nothing of tuneserve lies here; run this in your project's folder")
-    with _project() as project:
+    with _project(uses_caches=False) as project:
         known, unknown = _ask_registry(project)
         ours = "MLFLOW_TRACKING_URI" not in os.environ
-        entries = disk.survey(project, known, unknown=unknown, artifacts_ours=ours, older_than_days=older_than_days)
+        limits = disk.Limits(older_than_days, unregistered)
+        entries = disk.survey(project, known, unknown=unknown, artifacts_ours=ours, limits=limits)
         removal = disk.remove(project, entries) if delete else None
     if as_json:
         removed = {"removed": [project.relative(path) for path in removal.removed], "freed_bytes": removal.freed_bytes} if removal else {}

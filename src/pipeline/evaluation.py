@@ -104,15 +104,15 @@ def data_url(image: Path) -> str:
     return f"data:{kind};base64,{base64.b64encode(image.read_bytes()).decode()}"
 
 
-def evaluate(url: str, model: str, examples: Sequence[Example], report: Report, api_key: str = "none") -> Evaluation:
-    """Asks `model` at `url` every example, greedily, CONCURRENCY at a time.
+def evaluate(url: str, model: str, examples: Sequence[Example], report: Report, api_key: str = "none", file: str = "the rows") -> Evaluation:
+    """Asks `model` at `url` every example of `file`, greedily, CONCURRENCY at a time.
 
-    Raises ServingError, naming the first example that could not be answered; the client library retries what may be retried.
+    Raises ServingError, naming the first example that could not be answered by its row; the client library retries what may be retried.
     """
-    return Evaluation(asyncio.run(_ask_all(url, model, examples, report, api_key)))
+    return Evaluation(asyncio.run(_ask_all(url, model, examples, report, api_key, file)))
 
 
-async def _ask_all(url: str, model: str, examples: Sequence[Example], report: Report, api_key: str) -> tuple[Answer, ...]:
+async def _ask_all(url: str, model: str, examples: Sequence[Example], report: Report, api_key: str, file: str) -> tuple[Answer, ...]:
     gate = asyncio.Semaphore(CONCURRENCY)
     done = 0
 
@@ -124,7 +124,8 @@ async def _ask_all(url: str, model: str, examples: Sequence[Example], report: Re
                 try:
                     answer = await client.chat.completions.create(model=model, messages=openai_messages(example), max_tokens=MAX_TOKENS, temperature=0)  # type: ignore[arg-type]
                 except OpenAIError as error:
-                    raise ServingError(f"{model} at {url} did not answer {example.prompt[-1]['content']!r}: {error}") from error
+                    # the server's words may quote the row, which the journal must not: it writes the first line
+                    raise ServingError(f"{model} at {url} did not answer row {example.row} of {file} ({type(error).__name__})\n{error}") from error
             done += 1
             report(f"{done}/{len(examples)} answers", done / len(examples))
             return Answer(example, answer.choices[0].message.content or "", answer.model)

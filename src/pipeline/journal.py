@@ -24,7 +24,8 @@ from pipeline.errors import InvalidInput, TuneserveError
 LOGGERS = ("pipeline", "flows")
 FILE = "tuneserve.jsonl"
 MAX_BYTES, BACKUPS = 5_000_000, 3
-CREDENTIALS = re.compile(r"://[^/@\s]+@")
+CREDENTIALS = re.compile(r"://(\S*)@")
+"""What stands before the last @ of a URL: a password that nobody encoded may hold @ and / itself."""
 
 _context: ContextVar[Mapping[str, object]] = ContextVar("journal", default=MappingProxyType({}))
 
@@ -63,7 +64,8 @@ def write_to_stderr(logger: logging.Logger) -> None:
 class Lines(JsonFormatter):
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
         """`time`, `level` and `event` first. A record whose `extra` names its event keeps its text as `message`."""
-        message = log_data.pop("message")
+        message = without_credentials(log_data.pop("message"))
+        log_data = {key: _clean(value) for key, value in log_data.items()}
         texts = {"message": message} if "event" in log_data else {"event": message}
         ordered = {key: {**log_data, **texts}[key] for key in ("time", "level", "event")}
         return ordered | texts | log_data
@@ -76,13 +78,30 @@ def formatter() -> JsonFormatter:
 
 
 def failure_fields(error: BaseException) -> dict[str, object]:
-    """An error as fields: its class, and of our own the first line without credentials. What may quote rows is left out: faults of the input, others' errors."""
+    """An error as fields: its class, and of our own the first line without credentials. What may quote rows is left out: faults of the input, others' errors.
+
+    Our errors name a row by file and number; another program's words about it stand in a later line.
+    """
     if isinstance(error, InvalidInput):
         return {"error": type(error).__name__, "faults": len(error.faults)}
     if not isinstance(error, TuneserveError):
         return {"error": type(error).__name__}
-    first = str(error).partition("\n")[0][:500]
-    return {"error": type(error).__name__, "reason": CREDENTIALS.sub("://", first)}
+    return {"error": type(error).__name__, "reason": without_credentials(str(error).partition("\n")[0])[:500]}
+
+
+def without_credentials(text: str) -> str:
+    """`text` with no user nor password in its URLs; of one whose password was not encoded nothing follows, since libraries split it elsewhere and quote the parts."""
+    for found in CREDENTIALS.finditer(text):
+        if {"/", "@"} & set(found[1]):
+            text = f"{text[: found.end()]}{text[found.end() :].partition(' ')[0].rstrip(':,;')} ..."
+            break
+    return CREDENTIALS.sub("://", text)
+
+
+def _clean(value: object) -> object:
+    if isinstance(value, str):
+        return without_credentials(value)
+    return [_clean(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _add_context(record: logging.LogRecord) -> bool:

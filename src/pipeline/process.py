@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import re
 import subprocess
 import sys
@@ -128,26 +129,50 @@ def start(
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Holds the lock file `path`, waiting for whoever holds it (`waiting` is called once if so); a process that dies lets go of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    while True:
+        with path.open("wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, path):
+                yield
+                return
 
 
 @contextlib.contextmanager
 def if_unlocked(path: Path) -> Iterator[bool]:
-    """Holds the lock file `path` as `locked` does, but only if nobody does; yields whether."""
+    """Holds the lock file `path` as `locked` does, but only if nobody does; yields whether. The file's time stays that of its last use."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
         else:
-            yield True
+            yield _is_at(file, path)
+
+
+@contextlib.contextmanager
+def shared(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Holds a share in the lock file `path`, which nobody may remove: others may have one too, and nobody has it alone (`locked`, `if_unlocked`)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("rb" if path.exists() else "ab") as file:  # a share needs no right to write
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether the open file is still the one at `path`: a lock on one that was removed meanwhile keeps nobody out."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def started(pid: int) -> str:

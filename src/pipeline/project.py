@@ -42,6 +42,11 @@ class Project:
         return self.state / "services"
 
     @property
+    def in_use(self) -> Path:
+        """The lock file in which every command that may use the caches holds a share; `gc` takes it alone."""
+        return self.state / "in-use.lock"
+
+    @property
     def images(self) -> Path:
         """Pictures that lay inside a table of rows, named by the digest of their bytes."""
         return self.state / "cache" / "images"

@@ -72,6 +72,15 @@ class Registered:
     run_ids: frozenset[str]
 
 
+@dataclass(frozen=True)
+class Trace:
+    """What the registry knows of a run. `deleted`: MLflow can still restore it. The other two are empty for a run that is not ours."""
+
+    deleted: bool
+    recipe: str
+    input_digest: str
+
+
 class Registry:
     """The MLflow server at `uri`. Every method raises RegistryError, with what to do, when MLflow cannot do what is asked."""
 
@@ -244,16 +253,18 @@ class Registry:
                 page = versions.token or ""
         return found
 
-    def is_gone(self, run_id: str) -> bool:
-        """Whether there is no such run, or it was deleted."""
+    def trace(self, run_id: str) -> Trace | None:
+        """What is known of the run, a deleted one too; None if there is none."""
         try:
             with _translated(self.uri):
-                return str(self.client.get_run(run_id).info.lifecycle_stage) == LifecycleStage.DELETED
+                run = self.client.get_run(run_id)
         except RegistryError as error:
             cause = error.__cause__
             if isinstance(cause, MlflowException) and cause.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-                return True
+                return None
             raise
+        tags = run.data.tags
+        return Trace(str(run.info.lifecycle_stage) == LifecycleStage.DELETED, tags.get(RECIPE_TAG, ""), tags.get(INPUT_DIGEST_TAG, ""))
 
     def holds_adapter(self, run_id: str) -> bool:
         """Whether the run's artifacts hold an adapter, every file of it."""
