@@ -189,7 +189,7 @@ def _file_fault(folder: Path, image: str) -> str | None:
     if SURROGATE.search(path):  # which nothing that is written in UTF-8 can name
         return f"{path!r} is not UTF-8; rename the file or its folder"
     try:
-        if stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+        if stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 (as above)
             return None if os.access(path, os.R_OK) else f"{image} may not be read; change its permissions"
     except (OSError, ValueError) as error:
         if image.startswith(("http://", "https://", "data:")):

@@ -8,7 +8,7 @@ from swift.callbacks.mapping import callbacks_map
 from pipeline.checkpoint import evaluations_without_gain
 
 
-class EarlyStop(TrainerCallback):  # type: ignore[misc]
+class EarlyStop(TrainerCallback):  # type: ignore[misc]  # ms-swift is untyped
     """Counts from the trainer's own history, which a checkpoint holds."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -163,8 +163,8 @@ def swift_environment(recipe: FinetuneRecipe, rank_logs: Path) -> dict[str, str]
 def published(args: SwiftArgs, base_revision: str, dataset_digest: str) -> SwiftArgs:
     """`args` as they go into the registry with a version: paths of this machine replaced by what they stood for."""
     paths: SwiftArgs = {"model": f"revision {base_revision}", "dataset": [f"digest {dataset_digest}"], "output_dir": "output"}
-    plugins: SwiftArgs = {"external_plugins": [Path(name).name for name in args.get("external_plugins", [])]}  # type: ignore[union-attr]
-    plugins = plugins if plugins["external_plugins"] else {}
+    names = args.get("external_plugins")
+    plugins: SwiftArgs = {"external_plugins": [Path(name).name for name in names]} if isinstance(names, list) else {}
     return {key: value for key, value in args.items() if key != "resume_from_checkpoint"} | paths | plugins
 
 
