@@ -75,6 +75,23 @@ def test_check_finds_exactly_what_is_wrong(tmp_path: Path) -> None:
         ["serve", "none.yaml"],
         ["promote", "catalog/x"],
         ["promote", "/1"],
+        ["promote", "catalog/"],
+        ["promote", "catalog/1", "--canary", "101%"],
+        ["promote", "catalog/1", "--canary", "nan"],
+        ["promote", "catalog/1", "--canary", "1%", "--no-wait"],
+        ["promote", "catalog", "--replica", "localhost:8000"],
+        ["promote", "catalog", "--serving", "none.yaml"],
+        ["rollback", "catalog/1"],
+        ["rollback", "catalog", "--to", "x"],
+        ["canary", "catalog/1", "10%"],
+        ["canary", "catalog", "-1%"],
+        ["canary", "catalog", "much"],
+        ["canary", "catalog"],
+        ["disable", "catalog"],
+        ["disable", "catalog", "--reason", " "],
+        ["enable", "catalog/x"],
+        ["status", "catalog/1"],
+        ["status", "--replica", "http://a:1/adapters"],
     ],
 )
 def test_a_wrong_invocation_exits_2_and_says_why(args: list[str], tmp_path: Path) -> None:
@@ -183,12 +200,12 @@ def test_gc_without_its_registry_still_lists_and_leaves_what_it_cannot_judge(tmp
     assert entries["caches"]["removable"] and not (tmp_path / ".tuneserve/cache/vllm").exists() and (tmp_path / ".tuneserve/runs" / ("a" * 32)).is_dir()
 
 
-@pytest.mark.parametrize("block", ["_project()", "_using_caches(project)"])
+@pytest.mark.parametrize("block", ["opened_project()", "using_caches(project)"])
 def test_gc_leaves_the_caches_of_a_running_command_alone(tmp_path: Path, block: str) -> None:
     picture = tmp_path / ".tuneserve/cache/images/0.png"
     picture.parent.mkdir(parents=True)
     picture.touch()
-    code = "import click, time; from pipeline.cli import _project, _using_caches, cli; from pipeline.project import find_project; project = find_project()\n"
+    code = "import click, time; from pipeline.cli import cli; from pipeline.command import opened_project, using_caches; from pipeline.project import find_project; project = find_project()\n"
     code += f"with click.Context(cli, info_name='train'), {block}: print(1, flush=True); time.sleep(60)"
     command = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE)
     try:

@@ -1,125 +1,494 @@
-"""The alias moves only if every replica follows; else it is back where it was. Registry and replica are stood in for at their boundary."""
+"""Aliases and switches move only as ready replicas follow; else they are back where they were. Registry and replicas are stood in for at their boundary."""
 
 import fcntl
+import json
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.errors import ServingError
-from pipeline.promotion import Promotion, promote
-from pipeline.registry import Version
-from pipeline.serving.client import Served
+from pipeline import promotion
+from pipeline.errors import InvalidInput, RegistryError, ServingError
+from pipeline.fleet import Fleet
+from pipeline.promotion import Promotion, disable, enable, end_canary, promote, rollback_target, set_canary, start_canary
+from pipeline.registry import Deployment, Version
+from pipeline.switch import Disabled
+from pipeline.version import DISABLED_TAG, disabled_tag
+from tests.replicas import FakeReplica, fleet_of, model, served
 
-OLD, NEW = (Version("shop", number, digest * 32, "base", "template", "run") for number, digest in (("1", "aa"), ("2", "bb")))
+DIGESTS = {"1": "aa" * 32, "2": "bb" * 32, "3": "cc" * 32}
+A, B = "http://a:1", "http://b:1"
 
 
 @dataclass
 class FakeRegistry:
-    """The alias and its moves; tests/test_registry.py holds the same methods against MLflow's real store."""
+    """One model, `shop`; tests/test_registry.py holds the same methods against MLflow's real store. `calls` are its changes."""
 
-    now: Version | None = None
-    moves: list[str | None] = field(default_factory=list)
-    recorded: list[tuple[str, str | None]] = field(default_factory=list)
+    uri = "http://mlflow"
+    now: str | None = None
+    canary: str | None = None
+    shares: dict[str, str] = field(default_factory=dict)
+    previous: dict[str, str] = field(default_factory=dict)
+    off: dict[str, Disabled] = field(default_factory=dict)
+    calls: list[tuple[str, object]] = field(default_factory=list)
+    down: bool = False
+
+    def _record(self, *call: object) -> None:
+        if self.down:
+            raise RegistryError("MLflow is away")
+        self.calls.append(call)  # type: ignore[arg-type]
+
+    def version(self, name: str, version: str | None = None) -> Version:
+        number = version or max(DIGESTS)
+        if number not in DIGESTS:
+            raise RegistryError(f"{name}/{number} not found")
+        return Version(name, number, DIGESTS[number], "base", "template", "run", self.previous.get(number), self.shares.get(number))
+
+    def champion(self, name: str) -> Version | None:
+        return self.version(name, self.now) if self.now else None
 
     def champion_number(self, name: str) -> str | None:
-        return self.now.version if self.now else None
+        return self.now
+
+    def deployment(self, name: str) -> Deployment:
+        return Deployment(name, self.now, self.canary, dict(self.off))
 
     def move_champion(self, name: str, version: str | None) -> None:
-        self.now = next((known for known in (OLD, NEW) if known.version == version), None)
-        self.moves.append(version)
+        self._record("champion", version)
+        self.now = version
+
+    def move_candidate(self, name: str, version: str | None) -> None:
+        self._record("candidate", version)
+        self.canary = version
+
+    def write_share(self, name: str, version: str, percent: str | None) -> None:
+        self._record("share", version, percent)
+        self.shares = {**self.shares, version: percent} if percent is not None else {key: share for key, share in self.shares.items() if key != version}
 
     def record_previous(self, version: Version, previous: str | None) -> None:
-        self.recorded.append((version.version, previous))
+        self.previous[version.version] = previous or "none"
+
+    def switch_off(self, name: str, tag: str, record: Disabled) -> None:
+        self._record("off", tag)
+        self.off[tag] = record
+
+    def switch_on(self, name: str, tags: list[str]) -> None:
+        self._record("on", tuple(tags))
+        self.off = {tag: record for tag, record in self.off.items() if tag not in tags}
 
 
-@dataclass
-class FakeReplica:
-    """Serves what the registry says after `lag` looks, never a refused digest."""
+class World:
+    """A registry and replicas that follow it; `refuses` are versions that a replica does not take."""
 
-    registry: FakeRegistry
-    lag: int = 0
-    refuses: str = ""
-    url: str = "http://replica"
-    follows: str = "shop"
+    def __init__(self, tmp_path: Path, champion: str | None = "1") -> None:
+        self.registry: Any = FakeRegistry(champion)
+        self.lock = tmp_path / "lock"
+        self.replicas: dict[str, FakeReplica] = {}
+        self.fleets: list[Fleet] = []
 
-    def status(self) -> dict[str, Served]:
-        return {self.follows: Served(None, None, None)}
+    def status(self, refuses: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
+        registry = self.registry
 
-    def sync(self) -> dict[str, Served]:
-        self.lag -= 1
-        wanted = self.registry.now
-        assert wanted
-        key = (wanted.version, wanted.digest)
-        if wanted.digest == self.refuses:
-            return {"shop": Served(key, None, "digest mismatch")}
-        return {"shop": Served(key, key if self.lag < 0 else None, None)}
+        def version(number: str | None, **more: Any) -> dict[str, Any] | None:
+            return served(number, DIGESTS[number], **more) if number else None
 
+        candidate = version(registry.canary, percent=float(registry.shares.get(registry.canary, 0))) if registry.canary else None
+        live = registry.now if registry.now not in refuses else "1"
+        refused = [{**served(number, DIGESTS[number]), "code": "rank-too-large", "message": "rank 64 > 16", "attempts": 1} for number in refuses]
+        candidate_live = candidate if candidate and registry.canary not in refuses else None
+        versions = {tag.split(".")[2]: json.loads(record.as_json()) for tag, record in registry.off.items() if tag != DISABLED_TAG}
+        name_off = registry.off.get(DISABLED_TAG)
+        off = {"model": json.loads(name_off.as_json()) if name_off else None, "versions": versions}
+        said = model(version(registry.now), version(live), refused=refused, disabled=off, candidate={"wanted": candidate, "live": candidate_live})
+        return {"shop": {**said, **more}}
 
-def move(registry: FakeRegistry, version: Version, replicas: list[FakeReplica], lock: Path, wait_seconds: float = 5.0) -> Promotion:
-    return promote(registry, version, replicas, lock, wait_seconds)  # type: ignore[arg-type]
+    def add(self, url: str, refuses: tuple[str, ...] = (), **options: Any) -> FakeReplica:
+        self.replicas[url] = FakeReplica(**{"models": lambda: self.status(refuses), **options})
+        return self.replicas[url]
 
+    def fleet(self, **options: Any) -> Fleet:
+        self.fleets.append(fleet_of(self.replicas, **options))
+        return self.fleets[-1]
 
-def test_promotion_waits_for_every_replica_and_records_what_was_before(tmp_path: Path) -> None:
-    registry = FakeRegistry(OLD)
-    done = move(registry, NEW, [FakeReplica(registry), FakeReplica(registry, lag=2)], tmp_path / "lock")
-    assert (done.version, done.previous, registry.now) == (NEW, "1", NEW)
-    again = move(registry, NEW, [FakeReplica(registry)], tmp_path / "lock")
-    assert again.previous == "2"
-    assert registry.recorded == [("2", "1")]
+    def promote(self, number: str = "2", wait_seconds: float = 5.0, rolls_back: bool = False, **options: Any) -> Promotion:
+        return promote(self.registry, self.registry.version("shop", number), self.fleet(**options), self.lock, wait_seconds, rolls_back=rolls_back)
 
+    def rollback(self, to: str | None = None) -> Promotion:
+        return promote(self.registry, rollback_target(self.registry, "shop", to), self.fleet(), self.lock, 1.0, rolls_back=True)
 
-@pytest.mark.parametrize("before", [OLD, None])
-def test_the_alias_goes_back_if_a_replica_refuses(before: Version | None, tmp_path: Path) -> None:
-    registry = FakeRegistry(before)
-    replicas = [FakeReplica(registry), FakeReplica(registry, refuses=NEW.digest, url="http://second")]
-    with pytest.raises(ServingError, match=r"http://second does not serve shop/2: digest mismatch\. The alias is back"):
-        move(registry, NEW, replicas, tmp_path / "lock", wait_seconds=0.3)
-    assert registry.now == before
-    assert registry.recorded == []
+    def canary(self, number: str = "2", percent: float = 10.0, wait_seconds: float = 1.0) -> Promotion:
+        return start_canary(self.registry, self.registry.version("shop", number), percent, self.fleet(), self.lock, wait_seconds)
 
 
-def test_a_move_that_someone_else_made_meanwhile_is_not_undone(tmp_path: Path) -> None:
-    registry = FakeRegistry(None)
-
-    class MovedByHand(FakeReplica):
-        def sync(self) -> dict[str, Served]:
-            registry.now = OLD
-            return super().sync()
-
-    with pytest.raises(ServingError):
-        move(registry, NEW, [MovedByHand(registry)], tmp_path / "lock", wait_seconds=0.1)
-    assert registry.now == OLD
+@pytest.fixture
+def world(tmp_path: Path) -> Any:
+    made = World(tmp_path)
+    yield made
+    for fleet in made.fleets:
+        fleet.close()
 
 
-def test_a_replica_that_is_away_for_a_moment_does_not_undo_a_promotion(tmp_path: Path) -> None:
-    registry = FakeRegistry(OLD)
-
-    class Slow(FakeReplica):
-        def sync(self) -> dict[str, Served]:
-            if self.lag > 0:
-                self.lag -= 1
-                raise ServingError("cannot be reached (timed out)")
-            return super().sync()
-
-    assert move(registry, NEW, [Slow(registry, lag=2)], tmp_path / "lock").version == NEW
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promotion, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(promotion, "AWAY_SECONDS", 0.1)
 
 
-def test_promotions_of_one_model_wait_for_one_another(tmp_path: Path) -> None:
-    registry = FakeRegistry(OLD)
-    with (tmp_path / "lock").open("wb") as held, ThreadPoolExecutor() as pool:
+def test_promotion_waits_for_every_replica_and_records_what_was_before(world: World) -> None:
+    looks = iter(range(100))
+    world.add(A)
+    world.add(B, models=lambda: world.status() if next(looks) > 3 else world.status(live=served("1", DIGESTS["1"])))
+    began = time.time()
+    done = world.promote()
+    assert (done.version.label, done.previous, world.registry.now) == ("shop/2", "1", "2")
+    assert done.reach.replicas == (A, B) and not done.reach.unreachable
+    assert began <= done.alias_set_at <= time.time() and 0 < done.reach.seconds < 5
+    assert world.replicas[A].hints == [{"name": "shop", "alias": "champion", "version": "2"}] and len(world.replicas[B].hints) >= 3
+    assert world.promote().previous == "2"
+    assert world.registry.previous == {"2": "1"}
+
+
+def test_all_replicas_are_hinted_at_once_and_nothing_comes_between(world: World) -> None:
+    together = threading.Barrier(2, timeout=5)
+    calls: list[int] = []
+
+    def wait() -> None:
+        calls.append(len(world.registry.calls))
+        together.wait()
+
+    for url in (A, B):
+        world.add(url, on_hint=wait)
+    world.promote()
+    assert calls == [1, 1]
+
+
+@pytest.mark.parametrize("before", ["1", None])
+def test_the_alias_goes_back_if_a_replica_refuses(before: str | None, world: World) -> None:
+    world.registry.now = before
+    world.add(A)
+    refusing = world.add(B, refuses=("2",))
+    with pytest.raises(ServingError, match=r"http://b:1 does not serve shop/2: rank 64 > 16 \(rank-too-large\)\. The alias is back where it was"):
+        world.promote(wait_seconds=0.1)
+    assert world.registry.now == before and world.registry.previous == {}
+    assert refusing.hints[-1] == {"name": "shop", "alias": "champion", "version": "2"}
+
+
+def test_a_version_refused_again_and_again_is_not_waited_for(world: World) -> None:
+    tries = iter(range(1, 1000))
+
+    def status() -> dict[str, Any]:
+        said = world.status(refuses=("2",))
+        said["shop"]["refused"][0]["attempts"] = next(tries) // 2
+        return said
+
+    world.add(A, models=status)
+    began = time.monotonic()
+    with pytest.raises(ServingError, match="rank-too-large"):
+        world.promote(wait_seconds=30)
+    assert time.monotonic() - began < 5
+
+
+def test_a_recreated_version_with_the_same_number_is_not_taken_for_it(world: World) -> None:
+    world.add(A, models=lambda: world.status(live=served("2", "dd" * 32)))
+    with pytest.raises(ServingError, match="does not serve shop/2"):
+        world.promote(wait_seconds=0.1)
+
+
+def test_a_move_that_someone_else_made_meanwhile_is_not_undone(world: World) -> None:
+    world.add(A, on_hint=lambda: setattr(world.registry, "now", "3"))
+    with pytest.raises(ServingError, match=r"its registry says shop/3.*Someone has moved the alias meanwhile, to shop/3; it is left so"):
+        world.promote(wait_seconds=0.1)
+    assert world.registry.now == "3"
+
+
+def test_an_alias_that_cannot_be_put_back_is_said(world: World) -> None:
+    world.add(A, refuses=("2",), on_hint=lambda: setattr(world.registry, "down", True))
+    with pytest.raises(ServingError, match=r"rank-too-large.*could not be put back \(MLflow is away\); see how it stands"):
+        world.promote(wait_seconds=0.1)
+
+
+def test_an_interrupted_promotion_is_undone_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.add(A)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(promotion, "_spread", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        world.promote()
+    assert world.registry.now == "1"
+
+
+def test_a_replica_that_is_away_for_a_moment_does_not_undo_a_promotion(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promotion, "AWAY_SECONDS", 30.0)
+    replica = world.add(A)
+    world.add(B, on_hint=lambda: threading.Timer(0.05, setattr, (replica, "away", False)).start())
+    fleet = world.fleet()
+    asked = fleet.looks
+
+    def looks() -> Any:
+        found = asked()
+        replica.away = True
+        return found
+
+    fleet.looks = looks  # type: ignore[method-assign]
+    done = promote(world.registry, world.registry.version("shop", "2"), fleet, world.lock, 30.0)
+    assert done.reach.replicas == (A, B)
+
+
+def test_an_unreachable_replica_is_reported_or_fails_as_the_recipe_says(world: World) -> None:
+    world.add(A)
+    world.add(B, away=True)
+    done = world.promote()
+    assert done.reach.replicas == (A,)
+    assert [(seen.url, seen.state) for seen in done.reach.unreachable] == [(B, "unreachable")] and "Connection refused" in done.reach.unreachable[0].why
+    moves = len(world.registry.calls)
+    with pytest.raises(ServingError, match="http://b:1 cannot be reached.*unreachable_replicas: fail"):
+        world.promote("3", unreachable_fails=True)
+    assert len(world.registry.calls) == moves
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_replica_that_goes_away_meanwhile_is_reported_or_undoes_it(fails: bool, world: World) -> None:
+    gone = world.add(A)
+    gone.on_hint = lambda: setattr(gone, "answers", 503)
+    world.add(B)
+    if not fails:
+        assert [seen.state for seen in world.promote().reach.unreachable] == ["not-ready"]
+        return
+    with pytest.raises(ServingError, match=r"unreachable_replicas: fail`\. The alias is back"):
+        world.promote(unreachable_fails=True)
+    assert world.registry.now == "1"
+
+
+def test_one_that_is_not_ready_is_reported_and_the_first_one_ever_is_waited_for(world: World) -> None:
+    starting = world.add(A, ready=False)
+    world.add(B)
+    assert [seen.why for seen in world.promote().reach.unreachable] == ["replica http://a:1 is not ready: shop: no champion yet"]
+    del world.replicas[B]
+    starting.on_hint = lambda: setattr(starting, "ready", True)
+    assert world.promote("3").reach.replicas == (A,)
+
+
+def test_nothing_moves_if_no_replica_could_show_it(world: World) -> None:
+    world.add(A, away=True)
+    with pytest.raises(ServingError, match="no replica can be reached.*--no-wait"):
+        world.promote()
+    assert world.registry.calls == []
+    assert promote(world.registry, world.registry.version("shop", "2"), None, world.lock).reach.replicas == ()
+    assert world.registry.now == "2"
+
+
+def test_without_any_replica_the_alias_moves(world: World) -> None:
+    assert world.promote().reach.replicas == () and world.registry.now == "2"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": dict}, "does not follow shop; add it to `follow:`"),
+        ({"token": "other"}, "refuses our token"),
+        ({"answers": 404}, "without the tuneserve plugin"),
+    ],
+)
+def test_a_listed_replica_that_is_none_of_ours_stops_it_before_the_alias_moves(options: dict[str, Any], message: str, world: World) -> None:
+    world.add(A)
+    world.add(B, **options)
+    with pytest.raises(ServingError, match=message):
+        world.promote()
+    assert world.registry.calls == []
+
+
+def test_a_server_here_that_follows_something_else_does_not_count(world: World) -> None:
+    world.add(A)
+    world.add(B, models=dict)
+    assert world.promote(listed=False).reach.replicas == (A,)
+    assert world.replicas[B].hints == []
+
+
+def test_promotions_of_one_model_wait_for_one_another(world: World) -> None:
+    world.add(A)
+    with world.lock.open("wb") as held, ThreadPoolExecutor() as pool:
         fcntl.flock(held, fcntl.LOCK_EX)
-        waiting = pool.submit(move, registry, NEW, [FakeReplica(registry)], tmp_path / "lock")
+        waiting = pool.submit(world.promote)
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.3)
-        assert registry.moves == []
+        assert world.registry.calls == []
         fcntl.flock(held, fcntl.LOCK_UN)
-        assert waiting.result(timeout=5).version == NEW
+        assert waiting.result(timeout=5).version.version == "2"
 
 
-def test_a_replica_that_does_not_follow_the_model_stops_it_before_the_alias_moves(tmp_path: Path) -> None:
-    registry = FakeRegistry(OLD)
-    with pytest.raises(ServingError, match="does not follow shop"):
-        move(registry, NEW, [FakeReplica(registry, follows="other")], tmp_path / "lock")
-    assert registry.moves == []
+def test_a_promotion_ends_the_canary_once_the_champion_is_live(world: World) -> None:
+    replica = world.add(A)
+    world.canary("2")
+    done = world.promote("3")
+    assert done.ended_canary == "2" and world.registry.canary is None and world.registry.shares == {}
+    assert world.registry.calls[-3:] == [("champion", "3"), ("candidate", None), ("share", "2", None)]
+    assert [hint["alias"] for hint in replica.hints] == ["candidate", "champion", "candidate"]
+    world.canary("1")
+    assert world.promote("1").ended_canary == "1"
+
+
+def test_a_promotion_that_fails_leaves_the_canary(world: World) -> None:
+    world.add(A, refuses=("3",))
+    world.canary("2")
+    with pytest.raises(ServingError):
+        world.promote("3", wait_seconds=0.05)
+    assert (world.registry.canary, world.registry.shares) == ("2", {"2": "10"})
+
+
+@pytest.mark.parametrize("tag", [DISABLED_TAG, disabled_tag("2", DIGESTS["2"])])
+def test_what_is_switched_off_is_not_promoted(tag: str, world: World) -> None:
+    world.add(A)
+    world.registry.off[tag] = Disabled("wrong prices", "me@here", "now")
+    label = "shop" if tag == DISABLED_TAG else "shop/2"
+    for refused in (world.promote, world.canary):
+        with pytest.raises(ServingError, match=rf"{label} is switched off: wrong prices \(me@here, now\); switch it on first: tuneserve enable {label}$"):
+            refused("2")
+    assert world.registry.calls == []
+
+
+def test_a_canary_writes_its_share_first_and_waits_for_it(world: World) -> None:
+    world.add(A)
+    done = world.canary("2", 2.5)
+    assert world.registry.calls == [("share", "2", "2.5"), ("candidate", "2")]
+    assert (done.version.version, done.previous, done.percent, done.reach.replicas) == ("2", None, 2.5, (A,))
+    changed = set_canary(world.registry, "shop", 100 / 3, world.fleet(), world.lock, 1.0)
+    assert world.registry.calls[2:] == [("share", "2", "33.33333333")] and changed.percent == 33.33333333
+    other = world.canary("3", 1)
+    assert other.previous == "2" and world.registry.shares == {"3": "1"} and world.registry.canary == "3"
+
+
+@pytest.mark.parametrize("running", [None, "3", "2"])
+def test_a_canary_that_a_replica_refuses_is_undone(running: str | None, world: World) -> None:
+    world.add(A, refuses=("2",))
+    world.registry.canary, world.registry.shares = running, {running: "5"} if running else {}
+    with pytest.raises(ServingError, match=r"does not serve shop/2 as candidate: rank 64.*The candidate and its share are back as they were"):
+        world.canary("2", wait_seconds=0.05)
+    assert (world.registry.canary, world.registry.shares) == (running, {running: "5"} if running else {})
+
+
+def test_a_share_that_a_replica_does_not_take_over_is_undone(world: World) -> None:
+    world.registry.canary, world.registry.shares = "2", {"2": "5"}
+    stuck = served("2", DIGESTS["2"], percent=5.0)
+    world.add(A, models=lambda: world.status(candidate={"wanted": stuck, "live": stuck}))
+    with pytest.raises(ServingError, match="its share there is 5 %, not 20 %"):
+        set_canary(world.registry, "shop", 20, world.fleet(), world.lock, 0.05)
+    assert world.registry.shares == {"2": "5"}
+
+
+@pytest.mark.parametrize("percent", [float("nan"), float("inf"), -1, 101])
+def test_a_share_is_a_percentage(percent: float, world: World) -> None:
+    world.registry.canary = "2"
+    for change in (lambda: world.canary("2", percent), lambda: set_canary(world.registry, "shop", percent, world.fleet(), world.lock)):
+        with pytest.raises(InvalidInput, match="0% to 100%"):
+            change()
+    assert world.registry.calls == []
+
+
+def test_a_canary_needs_a_champion_that_is_another_version(world: World) -> None:
+    with pytest.raises(ServingError, match="is the champion, so it cannot be its own canary"):
+        world.canary("1")
+    with pytest.raises(ServingError, match=r"no canary runs; start one: tuneserve promote shop/VERSION --canary 10%"):
+        set_canary(world.registry, "shop", 10, world.fleet(), world.lock)
+    world.registry.now = None
+    with pytest.raises(ServingError, match="no champion to share its requests with"):
+        world.canary("2")
+    assert world.registry.calls == []
+    assert world.canary("2", 0).percent == 0  # callable by its number: how a candidate is evaluated
+
+
+def test_a_canary_is_ended(world: World) -> None:
+    world.add(A)
+    world.canary("2")
+    done = end_canary(world.registry, "shop", world.fleet(), world.lock, 1.0)
+    assert (done.candidate, done.reach.replicas) == ("2", (A,))
+    assert world.registry.canary is None and world.registry.shares == {}
+    assert end_canary(world.registry, "shop", world.fleet(), world.lock).candidate is None
+    world.canary("2")
+    stuck = served("2", DIGESTS["2"], percent=5.0)
+    world.add(A, models=lambda: world.status(candidate={"wanted": None, "live": stuck}))
+    with pytest.raises(ServingError, match="still gives 5 % to the candidate. The canary of shop is ended in the registry all the same"):
+        end_canary(world.registry, "shop", world.fleet(), world.lock, 0.05)
+
+
+def test_rolling_back_twice_goes_further_back(world: World) -> None:
+    world.add(A)
+    for number in ("2", "3"):
+        world.promote(number)
+    assert world.registry.previous == {"2": "1", "3": "2"}
+    assert [world.rollback().version.version for _ in range(2)] == ["2", "1"]
+    assert world.registry.previous == {"2": "1", "3": "2"}
+    with pytest.raises(ServingError, match=r"shop/1: no champion before it is on record; name the version: tuneserve rollback shop --to VERSION"):
+        world.rollback()
+    assert world.rollback("3").previous == "1"
+
+
+@pytest.mark.parametrize(
+    ("now", "previous", "to", "message"),
+    [
+        (None, {}, None, "shop has no champion to roll back from"),
+        ("1", {"1": "none"}, None, "no champion before it"),
+        ("1", {"1": "2"}, "1", "is the champion already"),
+        ("1", {"1": "9"}, None, "shop/9, to go back to, cannot be had"),
+    ],
+)
+def test_a_rollback_without_a_way_back_says_so(now: str | None, previous: dict[str, str], to: str | None, message: str, world: World) -> None:
+    world.registry.now, world.registry.previous = now, previous
+    with pytest.raises(ServingError, match=message):
+        world.rollback(to)
+    assert world.registry.calls == []
+
+
+def test_a_name_that_is_switched_off_is_rolled_back_but_not_to_a_version_that_is(world: World) -> None:
+    world.add(A)
+    world.registry.now, world.registry.previous = "2", {"2": "1"}
+    world.registry.off = {DISABLED_TAG: Disabled("x")}
+    assert world.rollback().version.version == "1"
+    world.registry.off[disabled_tag("3", DIGESTS["3"])] = Disabled("x")
+    with pytest.raises(ServingError, match="shop/3 is switched off"):
+        world.rollback("3")
+
+
+@pytest.mark.parametrize(("version", "tag"), [(None, DISABLED_TAG), ("2", disabled_tag("2", DIGESTS["2"]))])
+def test_switching_off_and_on_waits_for_the_replicas(version: str | None, tag: str, world: World) -> None:
+    replica = world.add(A)
+    world.add(B, away=True)
+    done = disable(world.registry, "shop", version, " wrong\nprices ", world.fleet(), 1.0)
+    assert done.record and done.record.reason == "wrong prices" and "@" in done.record.by and done.record.at.endswith("+00:00")
+    assert world.registry.off == {tag: done.record} and done.changed
+    assert done.reach.replicas == (A,) and [seen.url for seen in done.reach.unreachable] == [B]
+    assert not disable(world.registry, "shop", version, "again", world.fleet(), 1.0).changed
+    assert world.registry.off[tag].reason == "again"
+    back = enable(world.registry, "shop", version, world.fleet(), 1.0)
+    assert (back.changed, back.record, back.reach.replicas, world.registry.off) == (True, None, (A,), {})
+    assert not enable(world.registry, "shop", version, world.fleet(), 1.0).changed
+    assert {hint["version"] for hint in replica.hints} == {version or "1"}
+
+
+def test_what_a_replica_does_not_switch_off_stays_off_in_the_registry(world: World) -> None:
+    world.add(A, models=lambda: world.status(disabled=None))
+    with pytest.raises(ServingError, match="does not switch shop off: it gives no reason.*shop is switched off in the registry all the same"):
+        disable(world.registry, "shop", None, "x", world.fleet(), 0.05)
+    assert DISABLED_TAG in world.registry.off
+    world.replicas[A].away = True
+    with pytest.raises(ServingError, match="no replica shows it: .*Connection refused"):
+        disable(world.registry, "shop", None, "x", world.fleet(), 0.05)
+
+
+@pytest.mark.parametrize("reason", ["", "  ", "x" * 301])
+def test_a_switch_needs_a_reason(reason: str, world: World) -> None:
+    with pytest.raises(InvalidInput, match="--reason"):
+        disable(world.registry, "shop", None, reason, world.fleet())
+    assert world.registry.off == {}
+
+
+def test_a_version_that_was_made_again_under_its_number_is_switched_on_with_it(world: World) -> None:
+    tags = [disabled_tag("2", digest * 32) for digest in ("bb", "ee")]
+    world.registry.off = {tag: Disabled("x") for tag in [*tags, disabled_tag("22", "ff" * 32), DISABLED_TAG]}
+    enable(world.registry, "shop", "2", world.fleet())
+    assert sorted(world.registry.off) == sorted([disabled_tag("22", "ff" * 32), DISABLED_TAG])

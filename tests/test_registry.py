@@ -13,8 +13,9 @@ from pipeline import disk
 from pipeline.adapter import read_adapter
 from pipeline.errors import RegistryError
 from pipeline.project import Project
-from pipeline.registry import Registry, Trace, TrainingRun, Version, flat
-from pipeline.version import ARTIFACT_FOLDER
+from pipeline.registry import Deployment, Registry, Trace, TrainingRun, Version, flat
+from pipeline.switch import Disabled
+from pipeline.version import ARTIFACT_FOLDER, DISABLED_TAG, disabled_tag
 from tests.conftest import write_adapter
 
 EXTRA = {"recipe.yaml": "name: shop\n", "swift_args.json": "{}"}
@@ -63,6 +64,45 @@ def test_the_alias_moves_and_its_past_is_written_down(registry: Registry, tmp_pa
     assert registry.version("toys", "1") == first
     registry.move_champion("toys", None)
     assert registry.champion("toys") is None
+
+
+def test_a_canary_is_an_alias_and_a_share_on_its_version(registry: Registry, tmp_path: Path) -> None:
+    first, second = register(registry, tmp_path / "a", "bags"), register(registry, tmp_path / "b", "bags")
+    assert registry.deployment("bags") == Deployment("bags", None, None, {})
+    registry.move_champion("bags", first.version)
+    registry.write_share("bags", second.version, "2.5")
+    registry.move_candidate("bags", second.version)
+    assert registry.deployment("bags") == Deployment("bags", "1", "2", {})
+    assert registry.version("bags", "2").canary_percent == "2.5" and registry.version("bags", "2") == second
+    assert registry.client.get_model_version("bags", "2").tags["tuneserve.canary_percent"] == "2.5"
+    for _ in range(2):  # what is gone already may be taken away again
+        registry.move_candidate("bags", None)
+        registry.write_share("bags", second.version, None)
+    assert registry.deployment("bags").candidate is None and registry.version("bags", "2").canary_percent is None
+    registry.record_previous(first, None)
+    registry.record_previous(second, "1")
+    assert [registry.version("bags", number).previous for number in ("1", "2")] == ["none", "1"]
+
+
+def test_what_is_switched_off_is_on_record(registry: Registry, tmp_path: Path) -> None:
+    version = register(registry, tmp_path / "a", "coats")
+    record, tag = Disabled('wrong prices: "€"', "me@here", "2026-01-01T00:00:00+00:00"), disabled_tag("1", version.digest)
+    registry.switch_off("coats", DISABLED_TAG, record)
+    registry.switch_off("coats", tag, record)
+    registry.client.set_registered_model_tag("coats", f"{DISABLED_TAG}.12.abcdef01", "by hand")
+    registry.client.set_registered_model_tag("coats", "tuneserve.disabled_by", "another tag")
+    found = registry.deployment("coats")
+    assert found.name_off == found.version_off("1", version.digest) == record and found.version_off("1", "f" * 64) is None
+    assert found.switched_off[f"{DISABLED_TAG}.12.abcdef01"] == Disabled() and len(found.switched_off) == 3
+    assert found.tags_of("1") == [tag]
+    for _ in range(2):
+        registry.switch_on("coats", [DISABLED_TAG, tag])
+    assert registry.deployment("coats").tags_of("1") == [] and registry.deployment("coats").name_off is None
+
+
+def test_a_model_that_is_not_registered_is_said(registry: Registry) -> None:
+    with pytest.raises(RegistryError, match="nothing.* not found; look there for what is registered"):
+        registry.deployment("nothing")
 
 
 def test_a_version_is_found_by_its_inputs(registry: Registry, tmp_path: Path) -> None:

@@ -4,29 +4,27 @@ Heavy packages (torch, vllm, mlflow, prefect, openai) are imported inside the co
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from pipeline import cli_serving
+from pipeline.command import begin_journal, flow_servers, json_option, opened_project, recipe_argument, using_caches
 from pipeline.errors import Fault, InvalidInput, TuneserveError
-from pipeline.journal import failure_fields, open_journal
+from pipeline.journal import failure_fields
 
 if TYPE_CHECKING:
     from pipeline.disk import Known
     from pipeline.project import Project
     from pipeline.registry import Version
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout.")
-recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 FINETUNE_RECIPE = "recipes/finetune/catalog-tiny.yaml"
 SERVING_RECIPE = "recipes/serving/tiny-cpu.yaml"
 logger = logging.getLogger("pipeline.cli")  # not __name__, which may be __main__
@@ -38,55 +36,8 @@ def cli() -> None:
     """Fine-tune GLM-4.5V with LoRA, register the adapter, and promote it into running vLLM servers without merging weights."""
 
 
-@contextlib.contextmanager
-def _project(*, uses_caches: bool = True) -> "Iterator[Project]":
-    """The project, its environment set in this process, its journal open; what was started for the block is gone when this returns."""
-    from pipeline import services
-    from pipeline.project import find_project
-
-    project = find_project()
-    project.use_environment()
-    _begin_journal(project)
-    with _using_caches(project) if uses_caches else contextlib.nullcontext():
-        try:
-            yield project
-        finally:
-            services.wait_all_ended(project)
-
-
-@contextlib.contextmanager
-def _using_caches(project: "Project") -> Iterator[None]:
-    """Until the block ends `gc` removes no cache, and so no picture that was unpacked from a table."""
-    from pipeline import process
-
-    with contextlib.ExitStack() as stack:
-        if project.state.is_dir() or (project.root / "recipes").is_dir():  # elsewhere a mere check would make a project
-            try:
-                stack.enter_context(process.shared(project.in_use, lambda: click.echo("waiting for tuneserve gc, which removes caches", err=True)))
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):  # where nothing can be written, no cache is ours
-                    raise TuneserveError(f"{project.in_use}: cannot be locked ({error.strerror}); free the disk or correct its rights") from error
-        yield
-
-
-def _begin_journal(project: "Project") -> None:
-    open_journal(project.logs, command=click.get_current_context().info_name)
-    logger.info("command started")
-
-
-@contextlib.contextmanager
-def _flow_servers(project: "Project") -> Iterator[tuple[str, str]]:
-    """MLflow's and Prefect's URLs while both are up; only inside may flows be imported, since Prefect reads its server's URL at import."""
-    from pipeline import services
-    from pipeline.progress import progress
-
-    with contextlib.ExitStack() as stack:
-        with progress("MLflow and Prefect"):
-            urls = stack.enter_context(services.tracking(project)), stack.enter_context(services.orchestration(project))
-        from flows import flushed
-
-        stack.enter_context(flushed())
-        yield urls
+for command in cli_serving.COMMANDS:
+    cli.add_command(command)
 
 
 @cli.command(short_help="Validate recipes and their data.")
@@ -103,7 +54,7 @@ def check(recipes: tuple[Path, ...], deep: bool, as_json: bool) -> None:
     faults: list[Fault] = []
     warnings: list[Fault] = []
     statistics: dict[str, Any] = {}
-    with _using_caches(project):
+    with using_caches(project):
         for path in recipes:
             found, checked = check_recipe_and_rows(path, project, deep)
             faults += found
@@ -138,10 +89,10 @@ def train(recipe: Path, force: bool, as_json: bool) -> None:
     from pipeline.recipe import FinetuneRecipe, load_recipe
 
     load_recipe(recipe, FinetuneRecipe)  # a wrong recipe is refused before any server starts
-    with _project() as project:
+    with opened_project() as project:
         version = _trained_already(project, recipe, look=not force)
         if trained := version is None:
-            with _flow_servers(project):
+            with flow_servers(project):
                 from flows.finetune import finetune
 
                 done = finetune(str(recipe), force)
@@ -202,7 +153,7 @@ def serve(recipe: Path, as_json: bool) -> None:
     from pipeline.serving.launch import SERVICE_PREFIX, replica
 
     serving = load_recipe(recipe, ServingRecipe)
-    with _project() as project, contextlib.ExitStack() as stack:
+    with opened_project() as project, contextlib.ExitStack() as stack:
         if running := services.find_service(project, SERVICE_PREFIX + serving.name):
             raise ServingError(f"{serving.name} already runs at {running.url} (log {running.log}); end it with Ctrl-C where it runs, or `tuneserve down`")
         with progress("base model") as report:
@@ -210,49 +161,14 @@ def serve(recipe: Path, as_json: bool) -> None:
         mlflow_uri = stack.enter_context(services.tracking(project))
         with progress(f"vLLM {serving.name}") as report:
             up = stack.enter_context(replica(project, serving, base, mlflow_uri, lambda: report("starting", 0.0)))
+        followed = ", ".join([*serving.follow, *([f"every model tagged {serving.follow_tag}"] if serving.follow_tag else [])])
         if as_json:
             click.echo(json.dumps({"url": up.url, "mlflow": mlflow_uri, "log": up.log}))
         else:
-            click.echo(f"serving {serving.served_name} at {up.url}/v1, following {', '.join(serving.follow)} in {mlflow_uri}; log {up.log}; Ctrl-C ends it")
+            click.echo(f"serving {serving.served_name} at {up.url}/v1, following {followed} in {mlflow_uri}; log {up.log}; Ctrl-C ends it")
         while up.alive():
             time.sleep(0.5)
         raise ServingError(f"vLLM {serving.name} ended; its log is {up.log}")
-
-
-@cli.command(short_help="Move the alias; wait for every replica.")
-@click.argument("adapter", metavar="NAME[/VERSION]")
-@click.option(
-    "--replica", "replica_urls", multiple=True, metavar="URL", help="A replica to wait for; default: every running server of this project that follows NAME."
-)
-@json_option
-def promote(adapter: str, replica_urls: tuple[str, ...], as_json: bool) -> None:
-    """Make a version (default: the newest) the champion, and wait until every replica serves it."""
-    from pipeline import services
-    from pipeline.serving.client import Replica
-    from pipeline.serving.launch import SERVICE_PREFIX, adapters_token
-
-    name, _, version = adapter.partition("/")
-    if not name or (version and not version.isdecimal()):
-        raise InvalidInput([Fault(adapter, "", "give NAME or NAME/VERSION, for example catalog/3")])
-    with _project() as project, _flow_servers(project) as (mlflow_uri, _):
-        token = adapters_token(project).read_text("utf-8").strip()
-        running = [found.url for found in services.find_services(project, SERVICE_PREFIX)]
-        urls = list(replica_urls) or [url for url in running if name in Replica(url, token).status()]
-        from flows.promote import promote as flow
-
-        done = flow(name, version or None, urls)
-    previous = f"{name}/{done.previous}" if done.previous else None
-    if as_json:
-        click.echo(
-            json.dumps({"name": name, "version": int(done.version.version), "previous": previous, "replicas": done.replicas, "seconds": round(done.seconds, 3)})
-        )
-        return
-    click.echo(f"{done.version.label} is champion in {mlflow_uri} (before: {previous or 'none'})")
-    click.echo(
-        f"live on {', '.join(done.replicas)} after {done.seconds:.1f} s"
-        if done.replicas
-        else "no replica is running; each serves it when it starts: tuneserve serve RECIPE"
-    )
 
 
 @cli.command(short_help="Start MLflow and Prefect and leave them up.")
@@ -262,7 +178,7 @@ def up(as_json: bool) -> None:
     from pipeline import services
     from pipeline.progress import progress
 
-    with _project() as project, progress("MLflow and Prefect"), services.mlflow_server(project) as mlflow, services.prefect_server(project) as prefect:
+    with opened_project() as project, progress("MLflow and Prefect"), services.mlflow_server(project) as mlflow, services.prefect_server(project) as prefect:
         for server in (mlflow, prefect):
             services.keep(server)
     if as_json:
@@ -280,7 +196,7 @@ def down(as_json: bool) -> None:
 
     project = find_project()
     if project.state.is_dir():
-        _begin_journal(project)
+        begin_journal(project)
     found = sorted(services.find_services(project), key=lambda server: server.name, reverse=True)  # vLLM before the registry it follows
     ended = [server.name for server in found if services.release(server)]
     used = [server.name for server in found if server.name not in ended]
@@ -305,7 +221,7 @@ def quickstart(keep: bool, no_promote: bool, as_json: bool) -> None:
     load_recipe(root / FINETUNE_RECIPE, FinetuneRecipe)
     load_recipe(root / SERVING_RECIPE, ServingRecipe)
     began = time.monotonic()
-    with _project() as project, _flow_servers(project) as (mlflow_uri, prefect_url):
+    with opened_project() as project, flow_servers(project) as (mlflow_uri, prefect_url):
         seconds = {"servers": time.monotonic() - began}
         from flows import quickstart as job
 
@@ -343,7 +259,7 @@ def gc(delete: bool, older_than_days: int, unregistered: bool, as_json: bool) ->
     here = find_project()
     if not (here.state.is_dir() or here.mlruns.is_dir()):
         raise TuneserveError(f"{here.root}: nothing of tuneserve lies here; run this in your project's folder")
-    with _project(uses_caches=False) as project:
+    with opened_project(uses_caches=False) as project:
         known, unknown = _ask_registry(project)
         ours = "MLFLOW_TRACKING_URI" not in os.environ
         limits = disk.Limits(older_than_days, unregistered)

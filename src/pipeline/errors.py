@@ -6,6 +6,7 @@ TuneserveError                      exit code 1
 ├── RegistryError   (+ RuntimeError)  MLflow could not do, or does not hold, what was asked
 ├── AdapterInvalid  (+ ValueError)  an adapter folder is not what we accept
 └── ServingError    (+ RuntimeError)  vLLM did not serve what it should
+    └── VersionRefused                a replica does not serve a version; carries a code for programs
 """
 
 from collections.abc import Sequence
@@ -57,3 +58,11 @@ class AdapterInvalid(TuneserveError, ValueError):
 
 class ServingError(TuneserveError, RuntimeError):
     """vLLM did not serve what it should."""
+
+
+class VersionRefused(ServingError):
+    """A replica does not serve a version; `code` names the kind of reason in kebab-case, for status and metrics."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        super().__init__(message)

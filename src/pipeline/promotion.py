@@ -1,73 +1,454 @@
-"""Moving the alias: `promote` sets `champion` and returns once every replica serves that version, else puts the alias back."""
+"""Changing what is served: `promote`, `rollback` and the canary move an alias, `disable` sets a switch; each returns once every ready replica shows it.
 
+A replica that cannot be reached or is not ready is reported: it looks at the registry before it is ready. Where an alias moved and a ready replica does not
+follow, the alias goes back.
+"""
+
+import contextlib
 import logging
+import math
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from pipeline.errors import ServingError
+from pipeline.errors import Fault, InvalidInput, RegistryError, ServingError
+from pipeline.fleet import Fleet, Look, look
 from pipeline.journal import failure_fields
 from pipeline.process import locked
-from pipeline.registry import Registry, Version
-from pipeline.serving.client import Replica
-from pipeline.version import CHAMPION
+from pipeline.project import Project
+from pipeline.registry import Deployment, Registry, Version
+from pipeline.serving.client import Replica, ServedModel, ServedVersion
+from pipeline.switch import Disabled, switched_off_now
+from pipeline.version import CANDIDATE, CHAMPION, DISABLED_TAG, disabled_tag
 
 logger = logging.getLogger(__name__)
 WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.2
+AWAY_SECONDS = 5.0
+"""A replica that was ready and is not reached for so long has gone; until then it may only be busy."""
+REFUSALS = 3
+"""So often a replica must refuse a version, while we look, before we stop waiting for it."""
+
+Shows = Callable[[ServedModel | None], str | None]
+"""Why what a replica says of the model (None: it does not follow it) is not yet as it should be, or None if it is."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a change came: the replicas that show it, those that could not be asked with the reason, and the seconds until the last of the former did."""
+
+    replicas: tuple[str, ...] = ()
+    unreachable: tuple[Look, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What was done: the version now champion, the number of the one before it, and the seconds until the last of `replicas` served it."""
+    """What was done: the version now under the alias, the number of the one before it, when MLflow had set it (unix time), and how far it came.
+
+    `percent` is the share of a canary, None for a champion; `ended_canary` the number of the candidate whose canary this ended.
+    """
 
     version: Version
     previous: str | None
-    replicas: tuple[str, ...]
-    seconds: float
+    alias_set_at: float
+    reach: Reach
+    ended_canary: str | None = None
+    percent: float | None = None
 
 
-def promote(registry: Registry, version: Version, replicas: Sequence[Replica], lock: Path, wait_seconds: float = WAIT_SECONDS) -> Promotion:
-    """Makes `version` the champion and waits until every replica serves it. One promotion at a time holds the file `lock`.
+@dataclass(frozen=True)
+class Ended:
+    """A canary that was ended: its number, None if none ran."""
 
-    Raises ServingError if a replica does not within `wait_seconds`: the message has its reason, and the alias is back where it was
-    (unless someone has moved it on meanwhile).
+    candidate: str | None
+    reach: Reach
+
+
+@dataclass(frozen=True)
+class Switched:
+    """A name or a version that was switched off, or on where `record` is None. `changed`: it was not so before."""
+
+    label: str
+    record: Disabled | None
+    changed: bool
+    reach: Reach
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What replicas are hinted at and asked for: `verb` is what one does that does not show it. `digest`: of the version that it is about, if of one."""
+
+    name: str
+    alias: str
+    version: str
+    digest: str | None
+    shows: Shows
+    verb: str
+
+
+def lock_file(project: Project, name: str) -> Path:
+    """Held while an alias of the model is moved."""
+    return project.services / f"promote-{name}.lock"
+
+
+def promote(
+    registry: Registry, version: Version, fleet: Fleet | None, lock: Path, wait_seconds: float = WAIT_SECONDS, *, rolls_back: bool = False
+) -> Promotion:
+    """Makes `version` the champion, waits until every ready replica serves it, and ends the model's canary. No fleet: nobody is waited for.
+
+    One change of a model's aliases at a time holds the file `lock`. Raises ServingError if a ready replica does not follow within `wait_seconds`: the message
+    has its reason, and the alias is back where it was (unless someone has moved it on meanwhile).
+    `rolls_back` leaves the version's own predecessor on record, and takes a name that is switched off.
     """
-    for replica in replicas:
-        if version.name not in replica.status():
-            raise ServingError(f"replica {replica.url} does not follow {version.name}; add it to `follow:` in its serving recipe")
-    fields = {"model": version.name, "version": version.version, "digest": version.digest}
     with locked(lock):
-        previous = registry.champion_number(version.name)
-        began = time.monotonic()
-        try:
-            registry.move_champion(version.name, version.version)
-            logger.info("alias moved", extra={**fields, "alias": CHAMPION, "previous": previous})
-            for replica in replicas:
-                _wait_live(replica, version, began + wait_seconds)
-        except BaseException as error:
-            logger.warning("promotion failed", extra={**fields, **failure_fields(error)})
-            if previous != version.version and registry.champion_number(version.name) == version.version:
-                registry.move_champion(version.name, previous)
-                logger.warning("alias moved back", extra={**fields, "alias": CHAMPION, "version": previous, "digest": None, "refused": version.version})
-            raise
-        seconds = time.monotonic() - began
-        if previous != version.version:
-            registry.record_previous(version, previous)
-    logger.info("version live", extra={**fields, "replicas": [replica.url for replica in replicas], "seconds": round(seconds, 3)})
-    return Promotion(version, previous, tuple(replica.url for replica in replicas), seconds)
+        before = registry.deployment(version.name)
+        _refuse_switched_off(before, version, allow_name=rolls_back)
+        return _make_champion(registry, version, before, fleet, wait_seconds, record=not rolls_back)
 
 
-def _wait_live(replica: Replica, version: Version, deadline: float) -> None:
+def rollback_target(registry: Registry, name: str, to: str | None) -> Version:
+    """The version that a rollback of `name` makes champion: `to`, else the champion before the one of now, so that rolling back twice goes further back.
+
+    Raises ServingError if there is none. `promote` goes there, with `rolls_back`.
+    """
+    champion = registry.champion(name)
+    if champion is None:
+        raise ServingError(f"{name} has no champion to roll back from; make one: tuneserve promote {name}/VERSION")
+    number = to or champion.previous
+    if number in (None, "none"):
+        raise ServingError(f"{champion.label}: no champion before it is on record; name the version: tuneserve rollback {name} --to VERSION")
+    if number == champion.version:
+        raise ServingError(f"{champion.label} is the champion already; name another version: tuneserve rollback {name} --to VERSION")
+    try:
+        return registry.version(name, number)
+    except RegistryError as error:
+        raise ServingError(f"{name}/{number}, to go back to, cannot be had ({error}); name another: tuneserve rollback {name} --to VERSION") from error
+
+
+def start_canary(registry: Registry, version: Version, percent: float, fleet: Fleet, lock: Path, wait_seconds: float = WAIT_SECONDS) -> Promotion:
+    """Gives `version` a share of its model's requests as the candidate, and waits until every ready replica has it so.
+
+    Raises ServingError if one does not: the alias and the share are back as they were.
+    """
+    share = share_tag(percent)
+    with locked(lock):
+        before = registry.deployment(version.name)
+        return _make_candidate(registry, version, share, before, fleet, wait_seconds)
+
+
+def set_canary(registry: Registry, name: str, percent: float, fleet: Fleet, lock: Path, wait_seconds: float = WAIT_SECONDS) -> Promotion:
+    """Changes the share of the canary that runs; as `start_canary`."""
+    share = share_tag(percent)
+    with locked(lock):
+        before = registry.deployment(name)
+        if before.candidate is None:
+            raise ServingError(f"{name}: no canary runs; start one: tuneserve promote {name}/VERSION --canary {percent:g}%")
+        return _make_candidate(registry, registry.version(name, before.candidate), share, before, fleet, wait_seconds)
+
+
+def end_canary(registry: Registry, name: str, fleet: Fleet, lock: Path, wait_seconds: float = WAIT_SECONDS) -> Ended:
+    """Takes the candidate's alias and share away and waits until no ready replica gives it requests. It is so afterwards also if a replica does not follow."""
+    with locked(lock):
+        candidate = registry.deployment(name).candidate
+        if candidate is None:
+            return Ended(None, Reach())
+        _take_candidate_away(registry, name, candidate)
+        change = _Change(name, CANDIDATE, candidate, None, _gives_no_share, f"does not end the canary of {name}")
+        with _stays(f"The canary of {name} is ended in the registry"):
+            reach = _spread(fleet, None, change, wait_seconds)
+    return Ended(candidate, reach)
+
+
+def disable(registry: Registry, name: str, version: str | None, reason: str, fleet: Fleet, wait_seconds: float = WAIT_SECONDS) -> Switched:
+    """Switches a served name, or one version of it, off, on record; waits until every ready replica shows it.
+
+    It stays switched off also if this raises ServingError, because a replica does not show it. Waits for no promotion, and looks at no replica first.
+    """
+    record = switched_off_now(reason)
+    tag = DISABLED_TAG if version is None else disabled_tag(version, registry.version(name, version).digest)
+    before = registry.deployment(name)
+    registry.switch_off(name, tag, record)
+    label = _label(name, version)
+    logger.warning("switched off", extra={"model": name, "version": version, "by": record.by, "reason": record.reason})
+
+    change = _Change(name, CHAMPION, version or before.champion or "0", None, _switched(version, record), f"does not switch {label} off")
+    with _stays(f"{label} is switched off in the registry"):
+        reach = _spread(fleet, None, change, wait_seconds)
+    return Switched(label, record, tag not in before.switched_off, reach)
+
+
+def enable(registry: Registry, name: str, version: str | None, fleet: Fleet, wait_seconds: float = WAIT_SECONDS) -> Switched:
+    """Takes `disable` back; as that. Leaves a version off whose name is switched on, and the other way round."""
+    before = registry.deployment(name)
+    tags = before.tags_of(version) if version else [DISABLED_TAG] if before.name_off else []
+    registry.switch_on(name, tags)
+    label = _label(name, version)
+    logger.warning("switched on", extra={"model": name, "version": version})
+
+    change = _Change(name, CHAMPION, version or before.champion or "0", None, _switched(version, None), f"does not switch {label} on")
+    with _stays(f"{label} is switched on in the registry"):
+        reach = _spread(fleet, None, change, wait_seconds)
+    return Switched(label, None, bool(tags), reach)
+
+
+def share_tag(percent: float) -> str:
+    """A canary's share as its tag says it. Raises InvalidInput unless it is 0 to 100."""
+    if not (math.isfinite(percent) and 0 <= percent <= 100):
+        raise InvalidInput([Fault(f"{percent:g}%", "", "a canary's share is 0% to 100%; for example 10% or 2.5%")])
+    return f"{percent:.10g}"
+
+
+def _make_champion(registry: Registry, version: Version, before: Deployment, fleet: Fleet | None, wait_seconds: float, *, record: bool) -> Promotion:
+    name, previous = version.name, before.champion
+    fields = {"model": name, "version": version.version, "digest": version.digest}
+    change = _Change(name, CHAMPION, version.version, version.digest, _serves(version), f"does not serve {version.label}")
+    looks = _look_first(fleet, name) if fleet is not None else []
+    try:
+        registry.move_champion(name, version.version)
+        set_at = time.time()
+        logger.info("alias moved", extra={**fields, "alias": CHAMPION, "previous": previous})
+        reach = _spread(fleet, looks, change, wait_seconds) if fleet is not None else Reach()
+    except BaseException as error:
+        logger.warning("promotion failed", extra={**fields, **failure_fields(error)})
+        raise _undone(error, lambda: _move_champion_back(registry, version, previous), fleet, change) from error
+    if record and previous != version.version:
+        registry.record_previous(version, previous)
+    if before.candidate is not None:
+        _take_candidate_away(registry, name, before.candidate)
+        if fleet is not None:
+            fleet.hint(name, CANDIDATE, before.candidate)
+    logger.info("version live", extra={**fields, "replicas": list(reach.replicas), "seconds": round(reach.seconds, 3)})
+    return Promotion(version, previous, set_at, reach, before.candidate)
+
+
+def _make_candidate(registry: Registry, version: Version, share: str, before: Deployment, fleet: Fleet, wait_seconds: float) -> Promotion:
+    name = version.name
+    fields = {"model": name, "version": version.version, "digest": version.digest, "alias": CANDIDATE, "percent": float(share)}
+    change = _Change(name, CANDIDATE, version.version, version.digest, _shares(version, float(share)), f"does not serve {version.label} as candidate")
+    _refuse_switched_off(before, version)
+    if before.champion == version.version:
+        raise ServingError(f"{version.label} is the champion, so it cannot be its own canary; name another version")
+    if before.champion is None and float(share) > 0:
+        raise ServingError(f"{name} has no champion to share its requests with; promote one first: tuneserve promote {version.label}")
+    looks = _look_first(fleet, name)
+    try:
+        registry.write_share(name, version.version, share)
+        if before.candidate != version.version:
+            registry.move_candidate(name, version.version)
+        set_at = time.time()
+        reach = _spread(fleet, looks, change, wait_seconds)
+    except BaseException as error:
+        logger.warning("canary failed", extra={**fields, **failure_fields(error)})
+        raise _undone(error, lambda: _move_candidate_back(registry, version, before.candidate), fleet, change) from error
+    if before.candidate not in (None, version.version):
+        registry.write_share(name, str(before.candidate), None)
+    logger.info("canary set", extra={**fields, "previous": before.candidate, "replicas": list(reach.replicas), "seconds": round(reach.seconds, 3)})
+    return Promotion(version, before.candidate, set_at, reach, percent=float(share))
+
+
+def _take_candidate_away(registry: Registry, name: str, candidate: str) -> None:
+    """The alias first: a candidate without a share would be one at 0 % for a moment."""
+    registry.move_candidate(name, None)
+    with contextlib.suppress(RegistryError):  # the version may have been deleted
+        registry.write_share(name, candidate, None)
+    logger.info("canary ended", extra={"model": name, "version": candidate, "alias": CANDIDATE})
+
+
+def _undone(error: BaseException, put_back: Callable[[], str], fleet: Fleet | None, change: _Change) -> ServingError:
+    """The error to raise once a move that failed with `error` is undone, with what became of the alias; raises `error` itself if it is not for a person to read."""
+    try:
+        outcome = put_back()
+    except RegistryError as away:
+        outcome = f"The alias could not be put back ({away}); see how it stands: tuneserve status"
+    if not isinstance(error, ServingError):
+        raise error
+    if fleet is not None:
+        fleet.hint(change.name, change.alias, change.version)
+    return ServingError(f"{error}. {outcome}")
+
+
+def _move_champion_back(registry: Registry, version: Version, previous: str | None) -> str:
+    now = registry.champion_number(version.name)
+    if now != version.version:
+        return f"Someone has moved the alias meanwhile, to {_label(version.name, now) if now else 'nothing'}; it is left so."
+    if previous == version.version:
+        return "The alias is left as it was."
+    registry.move_champion(version.name, previous)
+    fields = {"model": version.name, "version": previous, "digest": None, "refused": version.version}
+    logger.warning("alias moved back", extra={**fields, "alias": CHAMPION})
+    return "The alias is back where it was."
+
+
+def _move_candidate_back(registry: Registry, version: Version, previous: str | None) -> str:
+    """`version` is as it was read before its share was written."""
+    now = registry.deployment(version.name).candidate
+    if now == version.version != previous:
+        registry.move_candidate(version.name, previous)
+    registry.write_share(version.name, version.version, version.canary_percent)
+    if now not in (version.version, previous):
+        return f"Someone has moved the candidate meanwhile, to {_label(version.name, now) if now else 'nothing'}; it is left so."
+    logger.warning("alias moved back", extra={"model": version.name, "version": previous, "alias": CANDIDATE, "refused": version.version})
+    return "The candidate and its share are back as they were."
+
+
+@contextlib.contextmanager
+def _stays(what: str) -> Iterator[None]:
+    """Says in an error that what was asked for stays so in the registry."""
+    try:
+        yield
+    except ServingError as error:
+        raise ServingError(f"{error}. {what} all the same; see who does not follow: tuneserve status") from error
+
+
+def _label(name: str, version: str | None) -> str:
+    return f"{name}/{version}" if version else name
+
+
+def _refuse_switched_off(before: Deployment, version: Version, *, allow_name: bool = False) -> None:
+    if before.name_off and not allow_name:
+        raise ServingError(f"{version.name} is switched off: {before.name_off}; switch it on first: tuneserve enable {version.name}")
+    if off := before.version_off(version.version, version.digest):
+        raise ServingError(f"{version.label} is switched off: {off}; switch it on first: tuneserve enable {version.label}")
+
+
+def _look_first(fleet: Fleet, name: str) -> list[Look]:
+    """What the replicas that count say before anything is changed. Raises ServingError if the change could not be seen through."""
+    looks = [each for each in fleet.looks() if fleet.listed or each.status is None or name in each.status.models]
+    for each in looks:
+        if each.state == "refuses-us":
+            raise ServingError(each.why)
+        if each.status and name not in each.status.models:
+            raise ServingError(f"replica {each.url} does not follow {name}; add it to `follow:` in its serving recipe, or name the replicas that do")
+    away = [each for each in looks if each.state != "ready"]
+    if away and fleet.unreachable_fails:
+        raise ServingError(f"{_listing(away)}; the serving recipe says `unreachable_replicas: fail`: bring it up, or take it out of the list")
+    if looks and all(each.state == "unreachable" for each in looks):
+        raise ServingError(f"no replica can be reached, so none would show the change: {_listing(away)}; start one, or move the alias alone: --no-wait")
+    return looks
+
+
+def _listing(looks: Sequence[Look]) -> str:
+    return "; ".join(each.why for each in looks)
+
+
+def _spread(fleet: Fleet, looks: Sequence[Look] | None, change: _Change, wait_seconds: float) -> Reach:
+    """Hints all replicas at once and waits until every ready one shows the change, and at least one does.
+
+    `looks`: what those that count said before; None where nobody looked, and all are asked. Raises ServingError if a ready one does not follow in time.
+    """
+    began = time.monotonic()
+    said = {each.url: each.state for each in looks or ()}
+    asked = [replica for replica in fleet.replicas if looks is None or said.get(replica.url, "unreachable") != "unreachable"]
+    patient = looks is not None and "ready" not in said.values()
+    stop = threading.Event()
+    showing: list[tuple[float, str]] = []
+    away = [each for each in (fleet.unresolved if looks is None else looks) if each.state == "unreachable"]
+    try:
+        for outcome in fleet.each(lambda replica: _follow(replica, change, began + wait_seconds, stop, patient=patient), asked):
+            if outcome.how == "fails":
+                raise ServingError(outcome.seen.why)
+            if outcome.how == "away":
+                away.append(outcome.seen)
+            else:
+                showing.append((outcome.at - began, outcome.seen.url))
+    finally:
+        stop.set()
+    if away and fleet.unreachable_fails:
+        raise ServingError(f"{_listing(away)}; the serving recipe says `unreachable_replicas: fail`")
+    if away and not showing:
+        raise ServingError(f"no replica shows it: {_listing(away)}")
+    return Reach(tuple(sorted(url for _, url in showing)), tuple(sorted(away, key=lambda each: each.url)), max(showing, default=(0.0, ""))[0])
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How waiting for one replica ended, and when: it shows the change, cannot be asked, or does not follow."""
+
+    how: Literal["shows", "away", "fails"]
+    seen: Look
+    at: float
+
+
+def _follow(replica: Replica, change: _Change, deadline: float, stop: threading.Event, *, patient: bool) -> _Outcome:
+    """Hints one replica until it shows the change, or it is clear that it does not, or `stop`. `patient`: one that is not ready is waited for."""
+    reached_at = time.monotonic()
+    refusals: set[int] = set()
     while True:
-        try:
-            served = replica.sync()[version.name]
-            if served.live == (version.version, version.digest):
-                return
-            reason = served.error or "it gives no reason; look at its log"
-        except ServingError as error:  # it may be slow or restarting: that is its reason only if it stays so
-            reason = str(error)
-        if time.monotonic() > deadline:
-            raise ServingError(f"replica {replica.url} does not serve {version.label}: {reason}. The alias is back where it was.")
-        time.sleep(POLL_SECONDS)
+        seen = look(replica.url, lambda: replica.hint(change.name, change.alias, change.version))
+        now = time.monotonic()
+        reached_at = reached_at if seen.state == "unreachable" else now
+        over = now > deadline or stop.is_set()
+        if seen.state == "ready" and seen.status:
+            model = seen.status.models.get(change.name)
+            why = change.shows(model)
+            if why is None:
+                return _Outcome("shows", seen, now)
+            refusal = model.refusal(change.version, change.digest) if model else None
+            refusals |= {refusal.attempts} if refusal else set()
+            if over or len(refusals) >= REFUSALS:
+                mlflow_error = f" (it says of MLflow: {seen.status.mlflow_error})" if seen.status.mlflow_error else ""
+                return _Outcome("fails", replace(seen, why=f"replica {replica.url} {change.verb}: {why}{mlflow_error}"), now)
+        elif seen.state == "refuses-us":
+            return _Outcome("fails", seen, now)
+        elif over or (seen.state == "not-ready" and not patient) or now - reached_at > AWAY_SECONDS:
+            return _Outcome("away", seen, now)
+        stop.wait(POLL_SECONDS)
+
+
+def _serves(version: Version) -> Shows:
+    """The name answers with `version`."""
+
+    def shows(model: ServedModel | None) -> str | None:
+        if model is None:
+            return "it does not follow that model; add it to `follow:` in its serving recipe"
+        if model.live and model.live.key == (version.version, version.digest):
+            return None
+        return _why_not(model, version, model.wanted)
+
+    return shows
+
+
+def _shares(version: Version, percent: float) -> Shows:
+    """`version` is the live candidate, with that share."""
+
+    def shows(model: ServedModel | None) -> str | None:
+        if model is None:
+            return "it does not follow that model; add it to `follow:` in its serving recipe"
+        live = model.live_candidate
+        if live and live.key == (version.version, version.digest):
+            same = math.isclose(live.percent or 0.0, percent, abs_tol=1e-6)
+            return None if same else f"its share there is {live.percent or 0.0:g} %, not {percent:g} %"
+        return _why_not(model, version, model.candidate.wanted if model.candidate else None)
+
+    return shows
+
+
+def _why_not(model: ServedModel, version: Version, wanted: ServedVersion | None) -> str:
+    if refusal := model.refusal(version.version, version.digest):
+        return f"{refusal.message or 'refused'} ({refusal.code or 'no code'})"
+    if model.error:
+        return model.error
+    if wanted and wanted.key != (version.version, version.digest):
+        return f"its registry says {_label(version.name, wanted.version)}: someone moved the alias, or it follows another MLflow"
+    return "it gives no reason; look at its log"
+
+
+def _gives_no_share(model: ServedModel | None) -> str | None:
+    live = model.live_candidate if model else None
+    return f"it still gives {live.percent:g} % to the candidate" if live and live.percent else None
+
+
+def _switched(version: str | None, record: Disabled | None) -> Shows:
+    """The name (`version` None) or that version is off by `record`, or on without one; a replica that does not serve it has nothing to switch."""
+
+    def shows(model: ServedModel | None) -> str | None:
+        if model is None or (version is not None and not any(entry.version == version for entry in model.versions)):
+            return None
+        found = model.off.model if version is None else model.off.versions.get(version)
+        return None if found == record else model.error or "it gives no reason; look at its log"
+
+    return shows

@@ -33,6 +33,9 @@ EXPERTS = ("gate_proj", "up_proj", "down_proj")
 LayerNumber = Annotated[int, Field(ge=0)]
 
 
+ReplicaAddress = Annotated[str, Field(pattern=r"^(https?|dns|dns\+https)://[A-Za-z0-9._\[\]:-]+$")]
+
+
 class Section(BaseModel, use_attribute_docstrings=True):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -189,13 +192,20 @@ class ServedLora(Section):
     max_loras: Annotated[int, Field(ge=1)] = 4
     """Adapters in one batch; each slot is preallocated for every wrapped module (GLM-4.5V, rank 16, attention: 60 MiB), and requests for more wait."""
     max_cpu_loras: Annotated[int, Field(ge=1)] = 16
-    """Adapters in host memory; keep it at two more than the versions that clients may call."""
+    """Adapters in host memory. Two fewer versions can be called at once: one place is for loading, one for the version that is being forgotten."""
+    max_adapter_gib: Annotated[float, Field(gt=0, le=1024)] = 4.0
+    """Largest adapter that is fetched (GLM-4.5V at rank 16: attention 63 MB, routed experts 3.1 GB)."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("qkv_proj", "o_proj")
     """vLLM's modules that take adapters; weights for others are refused. The default is attention; routed experts cost 50 times as much GPU memory a slot."""
 
     def broken_relations(self) -> Iterator[str]:
         if self.max_cpu_loras < self.max_loras + 2:
             yield f"max_cpu_loras: {self.max_cpu_loras} is too few for max_loras {self.max_loras}; use at least {self.max_loras + 2}"
+
+    @property
+    def wraps_experts(self) -> bool:
+        """Whether routed experts take adapters."""
+        return any(module.rpartition(".")[2] == "experts" for module in self.target_modules)
 
 
 class ServingRecipe(Section):
@@ -207,8 +217,10 @@ class ServingRecipe(Section):
     """As in a finetune recipe. Adapters are refused that were trained on another folder's weights, so also for an FP8 copy of theirs: see `quantization`."""
     served_name: Annotated[str, Field(min_length=1)] = "glm-4.5v"
     """What clients call the base."""
-    follow: Annotated[tuple[AdapterName, ...], Field(min_length=1)]
+    follow: tuple[AdapterName, ...] = ()
     """Registered models; each one's version under the alias `champion` is served under the model's name."""
+    follow_tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9_. /-]+=[^'\"`]+$")] | None = None
+    """`key=value`: every registered model with that tag in MLflow is followed too, from the moment that it has it."""
     device: Literal["cpu", "cuda"] = "cuda"
     """cuda for GPUs."""
     host: str = "127.0.0.1"
@@ -247,12 +259,33 @@ class ServingRecipe(Section):
     """Hosts that image URLs may name; none: data URLs only."""
     poll_seconds: Annotated[float, Field(ge=0.05, le=60)] = 1.0
     """How often the registry is asked."""
+    first_sync_seconds: Annotated[float, Field(ge=0, le=600)] = 20.0
+    """How long the first look at the registry may hold back the server's start."""
+    forget_after_seconds: Annotated[float, Field(ge=0, le=86400)] = 60.0
+    """How long a version that nothing wants any more is kept loaded; less where its place is needed sooner and no request can still mean it."""
+    adapter_cache_gib: Annotated[float, Field(gt=0, le=4096)] = 8.0
+    """Disk for fetched adapters; the ones that were not used for longest go first, and never one that is loaded."""
+    sticky_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] | None = "X-User-Id"
+    """During a canary a caller stays on one side: by the request's `user`, else by this header, else each request is drawn anew."""
+    disabled_answers: Literal["error", "base", "previous"] = "error"
+    """What a name that was switched off (`tuneserve disable`) answers with: an error that says so, the base, or the champion before (an error if there is none)."""
+    drain_seconds: Annotated[int, Field(ge=0, le=3600)] = 3
+    """On SIGTERM, how long running answers may take to end; new requests are refused meanwhile."""
+    replicas: tuple[ReplicaAddress, ...] = ()
+    """Where this server's copies listen, for `promote`, `canary`, `disable`, `rollback` and `status`: `http://host:port`, or `dns://host:port` for every address
+    that the name has. None: this project's running servers."""
+    unreachable_replicas: Literal["report", "fail"] = "report"
+    """What a promotion does about replicas that cannot be reached: they look at the registry before they are ready, so it is enough to report them; or it fails."""
     lora: ServedLora = ServedLora()
 
     def broken_relations(self) -> Iterator[str]:
+        if not (self.follow or self.follow_tag):
+            yield "follow: names no registered model; name one, or set follow_tag"
         if len(set(self.follow)) < len(self.follow):
             yield "follow: names a model twice; name each once"
         yield from (f"follow: {fault}" for name in self.follow if (fault := name_fault(name, {self.served_name})))
+        if self.lora.wraps_experts and self.device == "cpu":
+            yield "lora.target_modules: no adapters for routed experts on a CPU; remove experts, or serve with device: cuda"
         if self.quantization and self.device == "cpu":
             yield f"quantization: {self.quantization} needs device: cuda; remove it to serve on the CPU"
         if self.quantization and self.precision == "float32":

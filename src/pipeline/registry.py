@@ -8,8 +8,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, Param, RunTag
@@ -20,16 +20,21 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.adapter import ADAPTER_FILES, Adapter
 from pipeline.errors import RegistryError
+from pipeline.switch import Disabled, read_disabled
 from pipeline.version import (
     ARTIFACT_FOLDER,
     BASE_REVISION_TAG,
+    CANARY_TAG,
+    CANDIDATE,
     CHAMPION,
     DIGEST_TAG,
+    DISABLED_TAG,
     INPUT_DIGEST_TAG,
     PREVIOUS_TAG,
     RECIPE_TAG,
     TAG,
     TEMPLATE_DIGEST_TAG,
+    disabled_tag,
 )
 
 logger = logging.getLogger(__name__)
@@ -49,7 +54,10 @@ FLUSH_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Version:
-    """A registered adapter. `digest` is its identity: MLflow gives a version's number again after a delete."""
+    """A registered adapter. `digest` is its identity: MLflow gives a version's number again after a delete.
+
+    `previous` is the number of the champion before it, or 'none'; `canary_percent` its share as a candidate. Both are None until written, and no part of it.
+    """
 
     name: str
     version: str
@@ -57,10 +65,33 @@ class Version:
     base_revision: str
     template_digest: str
     run_id: str
+    previous: str | None = field(default=None, compare=False)
+    canary_percent: str | None = field(default=None, compare=False)
 
     @property
     def label(self) -> str:
         return f"{self.name}/{self.version}"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What is set on a registered model: the numbers under its aliases, whoever registered them, and by tag what is switched off."""
+
+    name: str
+    champion: str | None
+    candidate: str | None
+    switched_off: Mapping[str, Disabled]
+
+    @property
+    def name_off(self) -> Disabled | None:
+        return self.switched_off.get(DISABLED_TAG)
+
+    def version_off(self, version: str, digest: str) -> Disabled | None:
+        return self.switched_off.get(disabled_tag(version, digest))
+
+    def tags_of(self, version: str) -> list[str]:
+        """The tags by which that number is switched off, whatever its digest."""
+        return sorted(tag for tag in self.switched_off if tag.startswith(f"{DISABLED_TAG}.{version}."))
 
 
 @dataclass(frozen=True)
@@ -229,11 +260,45 @@ class Registry:
 
     def move_champion(self, name: str, version: str | None) -> None:
         """Points the alias at that version number; None takes the alias away."""
+        self._move(name, CHAMPION, version)
+
+    def move_candidate(self, name: str, version: str | None) -> None:
+        """The same for the canary's alias."""
+        self._move(name, CANDIDATE, version)
+
+    def _move(self, name: str, alias: str, version: str | None) -> None:
         with _translated(self.uri):
             if version is None:
-                self.client.delete_registered_model_alias(name, CHAMPION)
+                self.client.delete_registered_model_alias(name, alias)
             else:
-                self.client.set_registered_model_alias(name, CHAMPION, version)
+                self.client.set_registered_model_alias(name, alias, version)
+
+    def deployment(self, name: str) -> Deployment:
+        """What is set on `name`, in one call."""
+        with _translated(self.uri):
+            found = self.client.get_registered_model(name)
+        switched_off = {tag: read_disabled(value) for tag, value in found.tags.items() if tag == DISABLED_TAG or tag.startswith(DISABLED_TAG + ".")}
+        pointed = {alias: str(number) for alias, number in found.aliases.items()}
+        return Deployment(name, pointed.get(CHAMPION), pointed.get(CANDIDATE), switched_off)
+
+    def write_share(self, name: str, version: str, percent: str | None) -> None:
+        """Writes a candidate's share on its version, or takes it away."""
+        with _translated(self.uri):
+            if percent is None:
+                self.client.delete_model_version_tag(name, version, CANARY_TAG)
+            else:
+                self.client.set_model_version_tag(name, version, CANARY_TAG, percent)
+
+    def switch_off(self, name: str, tag: str, record: Disabled) -> None:
+        """Writes the kill switch's record on the registered model."""
+        with _translated(self.uri):
+            self.client.set_registered_model_tag(name, tag, record.as_json())
+
+    def switch_on(self, name: str, tags: Iterable[str]) -> None:
+        """Takes these records away."""
+        with _translated(self.uri):
+            for tag in tags:
+                self.client.delete_registered_model_tag(name, tag)
 
     def record_previous(self, version: Version, previous: str | None) -> None:
         """Writes on a version which one was champion before it: MLflow keeps no history of aliases."""
@@ -356,7 +421,8 @@ def _version(found: MlflowVersion) -> Version:
             raise RegistryError(f"{found.name}/{found.version} has no tag {name}: it was not registered by tuneserve; register it with `tuneserve train`")
         return str(value)
 
-    return Version(found.name, str(found.version), tag(DIGEST_TAG), tag(BASE_REVISION_TAG), tag(TEMPLATE_DIGEST_TAG), found.run_id or "")
+    identity = (found.name, str(found.version), tag(DIGEST_TAG), tag(BASE_REVISION_TAG), tag(TEMPLATE_DIGEST_TAG), found.run_id or "")
+    return Version(*identity, found.tags.get(PREVIOUS_TAG), found.tags.get(CANARY_TAG))
 
 
 def tracking_uri() -> str:

@@ -48,6 +48,8 @@ class Service:
     log: str
     lease: str
     """The file whose shared lock keeps it alive; one for each start."""
+    grace_seconds: float = process.GRACE_SECONDS
+    """From SIGTERM to SIGKILL."""
 
     def alive(self) -> bool:
         return process.started(self.pid) == self.started
@@ -99,10 +101,12 @@ def service(
     headers: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
     start_seconds: float = START_SECONDS,
+    grace_seconds: float = process.GRACE_SECONDS,
     waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Service]:
     """The service `name`, found or started, healthy, and alive until the block ends; if nobody else needs it, it then ends too (`wait_all_ended`).
 
+    From SIGTERM to SIGKILL it gets `grace_seconds`.
     `command()` gives the argv and the base URL of a new server; `health` is the path below the URL that answers 200 (asked with `headers`) once it is up;
     `waiting` is called while it starts. Raises ServingError if it runs with another identity, ProcessFailed if it does not come up.
     """
@@ -110,7 +114,13 @@ def service(
         joined = _join(project, name)
         if joined is None:
             joined = _start(
-                project, name, identity, command(), environment, lambda child, url: wait_healthy(child, url, health, headers, start_seconds, waiting)
+                project,
+                name,
+                identity,
+                command(),
+                environment,
+                grace_seconds,
+                lambda child, url: wait_healthy(child, url, health, headers, start_seconds, waiting),
             )
     running, lease = joined
     try:
@@ -145,6 +155,7 @@ def _start(
     identity: str,
     command: tuple[Sequence[str], str],
     environment: Mapping[str, str] | None,
+    grace_seconds: float,
     wait: Callable[[process.Child, str], None],
 ) -> tuple[Service, IO[bytes]]:
     argv, url = command
@@ -157,6 +168,7 @@ def _start(
         log=project.logs / f"{name}.log",
         environment=project.child_environment(environment),
         cwd=project.root,
+        grace_seconds=grace_seconds,
     )
     try:
         wait(child, url)
@@ -164,7 +176,7 @@ def _start(
         child.end()
         logger.warning("server did not start", extra={"server": name, "log": str(child.log), **failure_fields(error)})
         raise
-    record = Service(name, url, child.supervisor.pid, process.started(child.supervisor.pid), identity, str(child.log), str(lease))
+    record = Service(name, url, child.supervisor.pid, process.started(child.supervisor.pid), identity, str(child.log), str(lease), grace_seconds)
     path = project.services / f"{name}.json"
     draft = path.with_suffix(".json.new")
     draft.write_text(json.dumps(asdict(record)), "utf-8")
@@ -230,10 +242,10 @@ def release(found: Service) -> bool:
     return wait_ended(found)
 
 
-def wait_ended(found: Service, timeout_seconds: float = END_SECONDS) -> bool:
-    """True once the service is gone; False if it is to stay, is used by another command, or the time is over."""
+def wait_ended(found: Service) -> bool:
+    """True once the service is gone; False if it is to stay, is used by another command, or is not gone END_SECONDS after its grace."""
     lease = Path(found.lease)
-    deadline = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + END_SECONDS + found.grace_seconds
     ran = False
     while found.alive():
         if keep_marker(lease).exists() or process.is_leased(lease) or time.monotonic() > deadline:

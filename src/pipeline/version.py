@@ -2,6 +2,8 @@
 
 CHAMPION = "champion"
 """The alias that is the deployment."""
+CANDIDATE = "candidate"
+"""The alias of the canary: a share of the served name's requests goes to it. Every other alias only makes its version callable as name/version."""
 TAG = "tuneserve."
 """Every tag of ours starts so."""
 DIGEST_TAG = TAG + "digest"
@@ -13,5 +15,14 @@ INPUT_DIGEST_TAG = TAG + "input_digest"
 RECIPE_TAG = TAG + "recipe"
 PREVIOUS_TAG = TAG + "previous_champion"
 """The version that was champion before this one, or 'none'; MLflow keeps no history of aliases."""
+CANARY_TAG = TAG + "canary_percent"
+"""On the candidate version, written before its alias: the share of requests, 0 to 100; without it 0, callable by version only."""
+DISABLED_TAG = TAG + "disabled"
+"""On the registered model: its served name is switched off. The value is JSON with reason, by and at."""
 ARTIFACT_FOLDER = "adapter"
 """A version's files lie in this folder of its run."""
+
+
+def disabled_tag(version: str, digest: str) -> str:
+    """The registered model's tag that switches one version off; by digest too, since MLflow gives a number again after a delete."""
+    return f"{DISABLED_TAG}.{version}.{digest[:8]}"

@@ -11,6 +11,7 @@ from openai import OpenAI
 from pipeline.adapter import ADAPTER_FILES
 from pipeline.evaluation import openai_messages
 from pipeline.registry import EXTRA_FILES
+from pipeline.serving.hint import new_hint
 from pipeline.version import ARTIFACT_FOLDER
 from tests.e2e.conftest import Quickstart
 
@@ -41,11 +42,14 @@ def test_the_runtime_lora_endpoints_are_closed(quickstart: Quickstart) -> None:
         assert httpx.post(f"{quickstart.openai}/{route}", json={"lora_name": "x", "lora_path": "/tmp"}).status_code == 404  # noqa: S108
 
 
-def test_every_adapters_route_asks_for_the_token(quickstart: Quickstart) -> None:
+def test_every_adapters_route_asks_for_the_token_or_a_signature(quickstart: Quickstart) -> None:
     for method, route in (("GET", "/adapters"), ("GET", "/adapters/ready"), ("POST", "/adapters/sync")):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": quickstart.token}):
             assert httpx.request(method, quickstart.replica + route, headers=headers).status_code == 401
-        assert httpx.request(method, quickstart.replica + route, headers={"Authorization": f"Bearer {quickstart.token}"}).status_code == 200
+    for route in ("/adapters", "/adapters/ready"):
+        assert httpx.get(quickstart.replica + route, headers={"Authorization": f"Bearer {quickstart.token}"}).status_code == 200
+    body, headers = new_hint(quickstart.token, "catalog", "champion", "1")
+    assert httpx.post(f"{quickstart.replica}/adapters/sync", content=body, headers=headers, timeout=30).status_code == 200
 
 
 def test_openais_client_chats_streams_and_lists(quickstart: Quickstart) -> None:

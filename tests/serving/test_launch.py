@@ -10,7 +10,7 @@ from pipeline.errors import ServingError
 from pipeline.process import GRACE_SECONDS
 from pipeline.project import Project
 from pipeline.recipe import ServingRecipe, load_recipe
-from pipeline.serving.launch import DRAIN_SECONDS, adapters_token, replica, serve_args, serve_environment
+from pipeline.serving.launch import END_GRACE_SECONDS, adapters_token, replica, serve_args, serve_environment
 from pipeline.serving.settings import SETTINGS_VARIABLE
 from tests.conftest import ROOT
 
@@ -26,18 +26,18 @@ GOLDEN = {
     "tiny-cpu": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16
         --tensor-parallel-size 1 --max-model-len 2048 --enable-chunked-prefill --enable-prefix-caching
         --limit-mm-per-prompt {{"image":2,"video":0}} --mm-processor-cache-gb 4.0 {FIXED} --allowed-media-domains none.invalid
-        --enable-lora --max-lora-rank 16 --max-loras 4 --max-cpu-loras 16 --lora-target-modules qkv_proj o_proj
+        --enable-lora --max-lora-rank 16 --max-loras 4 --max-cpu-loras 16 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
         --shutdown-timeout 3 --enforce-eager""",
     "glm-4.5v-h200-fp8": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16 --quantization fp8_per_tensor
         --tensor-parallel-size 1 --max-model-len 16384 --enable-chunked-prefill --max-num-batched-tokens 8192 --max-num-seqs 64 --enable-prefix-caching
         --limit-mm-per-prompt {{"image":4,"video":0}} --mm-processor-cache-gb 8.0 {FIXED} --allowed-media-domains none.invalid
-        --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj
+        --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
         --shutdown-timeout 3 --gpu-memory-utilization 0.92""",
     "glm-4.5v-4xh100": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16
         --tensor-parallel-size 4 --enable-expert-parallel --mm-encoder-tp-mode data
         --max-model-len 32768 --enable-chunked-prefill --max-num-batched-tokens 8192 --max-num-seqs 128 --enable-prefix-caching
         --limit-mm-per-prompt {{"image":4,"video":0}} --mm-processor-cache-gb 8.0 {FIXED} --allowed-media-domains none.invalid
-        --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj
+        --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
         --shutdown-timeout 3 --gpu-memory-utilization 0.9""",
 }
 
@@ -46,7 +46,7 @@ GOLDEN = {
 def test_every_shipped_recipes_arguments(path: Path) -> None:
     args = serve_args(load_recipe(path, ServingRecipe), Path("/base"), 8000)
     assert [argument.replace(" ", "") for argument in args] == GOLDEN[path.stem].split()
-    assert DRAIN_SECONDS < GRACE_SECONDS
+    assert args[args.index("--shutdown-timeout") + 1] == "3" and 3 + END_GRACE_SECONDS <= GRACE_SECONDS  # Ctrl-C is over in 10 s
 
 
 def test_without_domains_no_image_url_is_fetched() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import inspect
 import json
+import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,37 +19,60 @@ vllm = pytest.importorskip("vllm")
 
 from fastapi import FastAPI  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
+from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402
 from vllm import envs  # noqa: E402
 from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES  # noqa: E402
 from vllm.engine.protocol import EngineClient  # noqa: E402
 from vllm.entrypoints.launchers.api_server import app_state  # noqa: E402
 from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: E402
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest  # noqa: E402
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat  # noqa: E402
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: E402
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion  # noqa: E402
 from vllm.entrypoints.openai.models.api_router import attach_router  # noqa: E402
 from vllm.entrypoints.openai.models.protocol import BaseModelPath  # noqa: E402
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels  # noqa: E402
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses  # noqa: E402
 from vllm.entrypoints.serve.engine.serving import BaseServing  # noqa: E402
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response  # noqa: E402
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError  # noqa: E402
+from vllm.logprobs import Logprob  # noqa: E402
+from vllm.lora.model_manager import LoRAModelManager  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
+from vllm.lora.worker_manager import WorkerLoRAManager  # noqa: E402
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method  # noqa: E402
 from vllm.model_executor.layers.fused_moe.oracle import unquantized  # noqa: E402
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config  # noqa: E402
+from vllm.outputs import CompletionOutput, RequestOutput  # noqa: E402
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins, init_endpoint_plugins_state  # noqa: E402
+from vllm.sampling_params import SamplingParams  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
+from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
+from vllm.v1.metrics import loggers  # noqa: E402
+from vllm.v1.metrics.stats import RequestStateStats  # noqa: E402
 from vllm.v1.worker.gpu.lora_utils import LoraState  # noqa: E402
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin  # noqa: E402
 
 from pipeline.errors import ServingError  # noqa: E402
 from pipeline.recipe import ServingRecipe, load_recipe  # noqa: E402
-from pipeline.serving import cpu_moe, plugin  # noqa: E402
-from pipeline.serving.followed_model import ServedAdapter  # noqa: E402
+from pipeline.serving import cpu_moe, hooks, plugin, worker_report  # noqa: E402
+from pipeline.serving.engine import ServedAdapter  # noqa: E402
+from pipeline.serving.hint import new_hint  # noqa: E402
 from pipeline.serving.launch import serve_args  # noqa: E402
+from pipeline.serving.metrics import VLLM_LORA_INFO, Metrics  # noqa: E402
+from pipeline.serving.routing import Route  # noqa: E402
+from pipeline.serving.traffic import Request, Traffic  # noqa: E402
+from pipeline.serving.vllm_engine import PROMPT, VllmEngine  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 
 
 class FakeClient:
-    """An EngineClient as far as OpenAIServingModels and loading need one."""
+    """An EngineClient as far as OpenAIServingModels and following need one: three tokens, each adapter with log-probabilities of its own."""
 
     def __init__(self) -> None:
         self.model_config = SimpleNamespace(max_model_len=2048, model="/secret/place/base")
-        self.renderer = self.input_processor = None
+        self.renderer = SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(encode=lambda text: [1, 2, 3]))
+        self.input_processor = None
         self.added: list[LoRARequest] = []
         self.fault: Exception | None = None
 
@@ -57,6 +81,25 @@ class FakeClient:
             raise self.fault
         self.added.append(lora_request)
         return True
+
+    async def list_loras(self) -> set[int]:
+        return {request.lora_int_id for request in self.added}
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        self.added = [request for request in self.added if request.lora_int_id != lora_id]
+        return True
+
+    async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        assert method in dir(worker_report.AdapterReport)
+        return [(4, [])]
+
+    async def generate(self, prompt, sampling_params, request_id, *, lora_request=None, **kwargs):
+        tokens = prompt["prompt_token_ids"]
+        logprob = -1.0 - (lora_request.lora_int_id % 7 + 1 if lora_request else 0)
+        of_prompt = [None, *({token: Logprob(logprob)} for token in tokens[1:])]
+        stats = RequestStateStats(num_generation_tokens=2, arrival_time=time.time(), first_token_ts=1.0, last_token_ts=1.5, first_token_latency=0.25)
+        answer = CompletionOutput(0, "x", [5, 6], None, [{5: Logprob(logprob)}, {6: Logprob(logprob)}], finish_reason="stop")
+        yield RequestOutput(request_id, None, tokens, of_prompt, [answer], True, metrics=stats, lora_request=lora_request)
 
 
 def serving_models(client: FakeClient) -> OpenAIServingModels:
@@ -77,6 +120,7 @@ def app(tmp_path, monkeypatch, world, new_engine):
     (tmp_path / "follower.json").write_text(json.dumps({**settings, "state_dir": str(tmp_path / "state"), "token_file": str(tmp_path / "token")}))
     monkeypatch.setenv("TUNESERVE_FOLLOWER", str(tmp_path / "follower.json"))
     monkeypatch.setenv("VLLM_PLUGINS", "tuneserve")
+    monkeypatch.setattr(plugin, "get_prometheus_registry", CollectorRegistry)
     app = FastAPI()
     app.state.args = Namespace(enable_lora=True, api_server_count=None)
     attach_router(app)
@@ -88,7 +132,8 @@ def app(tmp_path, monkeypatch, world, new_engine):
         await init_endpoint_plugins_state(client, app.state, app.state.args)
 
     app.router.on_startup.append(start)
-    return app
+    yield app
+    BaseServing._maybe_get_adapters = getattr(BaseServing._maybe_get_adapters, "__wrapped__", BaseServing._maybe_get_adapters)
 
 
 def test_this_version_is_one_that_we_tested():
@@ -142,14 +187,21 @@ def test_recipes_offer_vllms_ways_to_quantize_while_loading():
 
 
 def test_requests_look_names_up_in_the_dict_that_we_write(tmp_path):
-    models, client = serving_models(FakeClient()), FakeClient()
-    engine = plugin.VllmEngine(client, models)
+    models = serving_models(FakeClient())
+    names = hooks.NameTable(models)
     serving = SimpleNamespace(models=models, _is_model_supported=models.is_base_model)
     for version in ("1", "2"):
-        asyncio.run(engine.load(adapter(tmp_path, version)))
-        engine.point("catalog", adapter(tmp_path, version))
-        found = BaseServing._maybe_get_adapters(serving, SimpleNamespace(model="catalog"))
-        assert found == client.added[-1] and models.model_name(found) == adapter(tmp_path, version).engine_name
+        names.set("catalog", {"catalog": Route("catalog", adapter(tmp_path, version))})
+        found = BaseServing._maybe_get_adapters(serving, SimpleNamespace(model="catalog"))  # without our hook: vLLM's own way
+        assert models.model_name(found) == adapter(tmp_path, version).engine_name
+        assert (
+            asyncio.run(
+                BaseServing._check_model(
+                    SimpleNamespace(models=models, request_logger=None, _is_model_supported=models.is_base_model), SimpleNamespace(model="catalog")
+                )
+            )
+            is None
+        )
     assert BaseServing._maybe_get_adapters(serving, SimpleNamespace(model="glm-4.5v")) is None
 
 
@@ -158,11 +210,11 @@ def test_loading_goes_through_the_engine_clients_own_method(tmp_path):
     client = FakeClient()
     client.fault = Exception("Call to add_lora method failed: rank 64")
     with pytest.raises(ServingError, match=r"vLLM refused the adapter: .*rank 64"):
-        asyncio.run(plugin.VllmEngine(client, serving_models(client)).load(adapter(tmp_path, "1")))
+        asyncio.run(VllmEngine(client, client.generate).load(adapter(tmp_path, "1")))
 
 
 def test_lora_request_carries_name_number_and_folder(tmp_path):
-    request = plugin.lora_request(adapter(tmp_path, "1"))
+    request = hooks.lora_request(adapter(tmp_path, "1"))
     assert (request.lora_name, request.lora_int_id, request.lora_path) == (
         f"catalog/1@{adapter(tmp_path, '1').digest[:8]}",
         request.adapter_id,
@@ -191,11 +243,14 @@ def test_our_routes_replace_and_join_vllms(app):
         assert "/secret" not in json.dumps(cards) and str(app.state.endpoint_plugins[0].settings.state_dir) not in json.dumps(cards)
         assert all(card["object"] == "model" and isinstance(card["created"], int) and card["owned_by"] for card in cards)
         shown = {"Authorization": "Bearer sesame"}
-        assert http.get("/adapters/ready", headers=shown).json() == {"ready": True}
-        for method, path in (("GET", "/adapters"), ("POST", "/adapters/sync")):
-            status = http.request(method, path, headers=shown).json()
+        assert http.get("/adapters/ready", headers=shown).json() == {"ready": True, "waits_for": {}}
+        body, signed = new_hint("sesame", "catalog", "champion", "1")
+        for answer in (http.get("/adapters", headers=shown), http.post("/adapters/sync", content=body, headers=signed)):
+            status = answer.json()
             assert status["base_models"] == ["glm-4.5v"] and status["models"]["catalog"]["live"]["version"] == "1"
             assert "cannot be reached" in status["mlflow_error"] and status["pid"] > 0
+        assert http.post("/adapters/sync", content=body, headers=signed).status_code == 401  # once
+        assert http.post("/adapters/sync", content=b"x" * 100_000, headers=signed).status_code == 413
 
 
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Bearer sesam", "Bearer sesame2", "sesame", "Basic sesame", "Bearer \xe9"])
@@ -204,14 +259,16 @@ def test_every_adapters_route_asks_for_the_token(app, header):
     with TestClient(app) as http:
         for method, path in (("GET", "/adapters"), ("GET", "/adapters/ready"), ("POST", "/adapters/sync")):
             answer = http.request(method, path, headers=headers)
-            assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
+            assert answer.status_code == 401 and answer.headers["WWW-Authenticate"]
 
 
 def test_not_ready_before_vllm_made_our_state(app):
     shown = {"Authorization": "Bearer sesame"}
     http = TestClient(app)  # outside `with`, nothing is started
-    for method, path in (("GET", "/adapters/ready"), ("GET", "/adapters"), ("POST", "/adapters/sync")):
-        assert http.request(method, path, headers=shown).status_code == 503
+    for path in ("/adapters/ready", "/adapters"):
+        assert http.get(path, headers=shown).status_code == 503
+    body, signed = new_hint("sesame", "catalog", "champion", "1")
+    assert http.post("/adapters/sync", content=body, headers=signed).status_code == 503
 
 
 @pytest.mark.parametrize(
@@ -278,3 +335,125 @@ def test_expert_lora_on_cpu_is_refused(modules, refused):
             cpu_moe.refuse_expert_lora(modules)
     else:
         cpu_moe.refuse_expert_lora(modules)
+
+
+def chosen(serving, **request):
+    return BaseServing._maybe_get_adapters(serving, SimpleNamespace(**request))
+
+
+@pytest.fixture
+def hooked(tmp_path):
+    """A table of names whose routes every request chooses by, and what vLLM hands to the hook."""
+    models = serving_models(FakeClient())
+    names = hooks.NameTable(models)
+    hooks.choose_adapters(names, models)
+    yield names, SimpleNamespace(models=models, _is_model_supported=models.is_base_model)
+    BaseServing._maybe_get_adapters = BaseServing._maybe_get_adapters.__wrapped__
+
+
+def test_every_kind_of_serving_chooses_through_the_method_that_we_replace():
+    assert list(inspect.signature(BaseServing._maybe_get_adapters).parameters) == ["self", "request", "supports_default_mm_loras"]
+    for kind in (OpenAIServingChat, OpenAIServingCompletion, OpenAIServingResponses):
+        assert kind._maybe_get_adapters is BaseServing._maybe_get_adapters
+        assert "self._maybe_get_adapters(request" in inspect.getsource(inspect.getmodule(kind))
+        assert "self.engine_client.generate(" in inspect.getsource(inspect.getmodule(kind))
+    assert "user" in ChatCompletionRequest.model_fields and "user" in CompletionRequest.model_fields
+
+
+def test_requests_choose_by_our_routes(hooked, tmp_path):
+    names, serving = hooked
+    champion, candidate = adapter(tmp_path, "1"), adapter(tmp_path, "2")
+    names.set("catalog", {"catalog": Route("catalog", champion, candidate, 0.5), "catalog/2": Route("catalog", candidate)})
+    sides = {user: chosen(serving, model="catalog", user=user).lora_name for user in map(str, range(50))}
+    assert set(sides.values()) == {champion.engine_name, candidate.engine_name}
+    assert all(chosen(serving, model="catalog", user=user).lora_name == side for user, side in sides.items())
+    assert chosen(serving, model="catalog/2").lora_name == candidate.engine_name
+    assert chosen(serving, model="glm-4.5v") is None
+    with pytest.raises(VLLMNotFoundError):
+        chosen(serving, model="catalog/3")
+    names.set("catalog", {"catalog": Route("catalog", champion, off="it is off", fallback="base")})
+    assert chosen(serving, model="catalog") is None and "catalog/2" not in serving.models.lora_requests
+    names.set("catalog", {"catalog": Route("catalog", champion, off="it is off")})
+    with pytest.raises(GracefulHTTPError) as off:
+        chosen(serving, model="catalog")
+    answer = create_error_response(off.value)
+    assert (answer.error.code, answer.error.message) == (403, "it is off")
+
+
+def test_a_request_without_a_name_stays_on_the_side_that_it_drew(hooked, tmp_path):
+    names, serving = hooked
+    names.set("catalog", {"catalog": Route("catalog", adapter(tmp_path, "1"), adapter(tmp_path, "2"), 0.5)})
+    drawn = set()
+    for _ in range(50):
+        request = Request()
+        token = hooks.REQUEST.set(request)
+        sides = {chosen(serving, model="catalog").lora_name for _ in range(5)}
+        hooks.REQUEST.reset(token)
+        assert len(sides) == 1 and request.chosen and request.served == "catalog" and request.version in ("1", "2")
+        drawn |= sides
+    assert len(drawn) == 2
+    token = hooks.REQUEST.set(Request(key="ann"))
+    assert len({chosen(serving, model="catalog").lora_name for _ in range(20)}) == 1  # by the sticky header
+    hooks.REQUEST.reset(token)
+
+
+def test_generations_are_counted_and_measured_however_they_end(tmp_path):
+    client, traffic, metrics = FakeClient(), Traffic(2), Metrics(CollectorRegistry())
+    assert "generate" in dir(EngineClient)
+    hooks.watch_generations(client, traffic, metrics)
+    lora = hooks.lora_request(adapter(tmp_path, "1"))
+    hooks.REQUEST.set(Request(chosen=True, lora_id=lora.lora_int_id, served="catalog", version="1"))
+
+    def generate():
+        return client.generate({"prompt_token_ids": [1, 2, 3]}, None, "id", lora_request=lora)
+
+    async def scenario():
+        outputs = [output async for output in generate()]
+        assert outputs[0].finished and traffic.running(lora.lora_int_id) == 0
+        never_read = generate()
+        assert traffic.running(lora.lora_int_id) == 1
+        del never_read
+        assert traffic.running(lora.lora_int_id) == 0
+        left = generate()
+        await anext(left)
+        await left.aclose()
+        assert traffic.running(lora.lora_int_id) == 0
+
+    asyncio.run(scenario())
+    hooks.REQUEST.set(None)
+    shown = generate_latest(metrics._registry).decode()
+    for line in (
+        'tuneserve_requests_total{finish="stop",served="catalog",version="1"} 2.0',
+        'tuneserve_requests_total{finish="abort",served="catalog",version="1"} 1.0',
+        'tuneserve_prompt_tokens_total{served="catalog",version="1"} 6.0',
+        'tuneserve_output_tokens_total{served="catalog",version="1"} 4.0',
+        'tuneserve_engine_time_to_first_token_seconds_sum{served="catalog",version="1"} 0.5',
+        'tuneserve_time_per_output_token_seconds_sum{served="catalog",version="1"} 1.0',
+        'tuneserve_slot_misses_total{served="catalog",version="1"} 1.0',
+    ):
+        assert line in shown
+
+
+def test_fingerprint_asks_for_what_vllm_gives(tmp_path):
+    client = FakeClient()
+    engine = VllmEngine(client, client.generate)
+    base, tuned = asyncio.run(engine.fingerprint(None)), asyncio.run(engine.fingerprint(adapter(tmp_path, "1")))
+    assert base == (-1.0, -1.0, -1.0) and tuned != base and len(tuned) == 3 and len(PROMPT.split()) > 15
+    source = inspect.getsource(AsyncLLM.generate)
+    assert "lora_request" in source and "prompt_logprobs" in inspect.getsource(SamplingParams)
+    assert SamplingParams(prompt_logprobs=1).skip_reading_prefix_cache  # so that a fingerprint is never of cached work
+
+
+def test_what_the_worker_report_reads_is_there():
+    assert "self.lora_manager = LRUCacheWorkerLoRAManager(" in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
+    assert "self._adapter_manager" in inspect.getsource(WorkerLoRAManager.create_lora_manager)
+    source = inspect.getsource(LoRAModelManager)
+    for part in ("self._registered_adapters[lora.id] = lora", "self.modules: dict[str, BaseLayerWithLoRA]", "lora_model.loras.pop(module, None)"):
+        assert part in source
+    manager = SimpleNamespace(_registered_adapters={7: SimpleNamespace(loras={"a": 1, "b": 2})}, modules={"a": 0, "c": 0})
+    worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager)))
+    assert worker_report.AdapterReport.tuneserve_adapter_mapping(worker, 7) == (1, ["b"])
+
+
+def test_vllms_own_adapter_gauge_is_the_one_that_we_clear():
+    assert f'name="{VLLM_LORA_INFO}"' in inspect.getsource(loggers)

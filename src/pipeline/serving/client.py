@@ -1,65 +1,222 @@
-"""Talks to replicas: what each serves, and "look at the registry now"."""
+"""Talks to replicas: what each serves, whether it is ready, and "look at the registry now"."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 import httpx
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ServingError
+from pipeline.serving.hint import new_hint
 from pipeline.serving.settings import SYNC_SECONDS
+from pipeline.switch import Disabled
 
-TIMEOUT_SECONDS = SYNC_SECONDS + 5.0
+CONNECT_SECONDS = 2.0
+"""A replica that is gone must not hold the others up."""
+STATUS_SECONDS = 5.0
+HINT_SECONDS = SYNC_SECONDS + 5.0
+KEEP_ALIVE_SECONDS = 2.0
+"""How long a connection may lie idle and be used again: less than the 5 s after which a server of ours closes it."""
+
+State = Literal["ready", "not-ready", "unreachable", "refuses-us"]
+"""refuses-us: something answers there, but not us: it has another token, or it is no replica of ours."""
 
 
-@dataclass(frozen=True)
-class Served:
-    """What one replica says of one followed model: the version wanted and the version live, each as (version, digest), and why they differ."""
+class ReplicaError(ServingError):
+    """A replica did not say what it serves; `state` is what that makes it."""
 
-    wanted: tuple[str, str] | None
-    live: tuple[str, str] | None
-    error: str | None
+    def __init__(self, state: State, message: str) -> None:
+        self.state: State = state
+        super().__init__(message)
+
+
+class _Part(BaseModel):
+    """A part of a replica's answer. What a newer replica says beside it is left out."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, coerce_numbers_to_str=True)
+
+
+class ServedVersion(_Part):
+    """A version as wanted or as live; `percent` is the canary's share."""
+
+    version: str
+    digest: str | None = None
+    engine_name: str = ""
+    loaded_at: str | None = None
+    percent: float | None = None
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """Number and digest: the number alone may mean other weights tomorrow."""
+        return self.version, self.digest
+
+
+class Candidate(_Part):
+    wanted: ServedVersion | None = None
+    live: ServedVersion | None = None
+
+
+class Verification(_Part):
+    differs_by: float | None = None
+    noise: float | None = None
+    others_moved_by: float | None = None
+    modules: int | None = None
+    seconds: float | None = None
+
+
+class CallableVersion(_Part):
+    """A version that clients may call by number. `fault`: what is wrong with its folder on the replica."""
+
+    version: str
+    digest: str | None = None
+    engine_name: str = ""
+    role: str = ""
+    in_flight: int = 0
+    verified: Verification | None = None
+    fault: str | None = None
+
+
+class Refusal(_Part):
+    version: str
+    digest: str | None = None
+    code: str | None = None
+    message: str = ""
+    attempts: int = 1
+    retry_in_seconds: float | None = None
+
+
+class SwitchedOff(_Part):
+    model: Disabled | None = None
+    versions: Mapping[str, Disabled] = Field(default_factory=dict)
+
+
+class ServedModel(_Part):
+    """One followed model. `live` is what its name answers with, switched off or not; `error` and `code` say why it is not as the registry wants it."""
+
+    wanted: ServedVersion | None = None
+    live: ServedVersion | None = None
+    candidate: Candidate | None = None
+    versions: tuple[CallableVersion, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    disabled: SwitchedOff | None = None
+    error: str | None = None
+    code: str | None = None
+
+    @property
+    def live_candidate(self) -> ServedVersion | None:
+        return self.candidate.live if self.candidate else None
+
+    @property
+    def off(self) -> SwitchedOff:
+        return self.disabled or SwitchedOff()
+
+    def entry(self, version: ServedVersion) -> CallableVersion | None:
+        """The callable version that `version` is."""
+        return next((found for found in self.versions if (found.version, found.digest) == version.key), None)
+
+    def refusal(self, version: str, digest: str | None) -> Refusal | None:
+        return next((found for found in self.refused if (found.version, found.digest) == (version, digest)), None)
+
+
+class Slots(_Part):
+    """Places for adapters on the engine. `misses`: a request's adapter had to be brought in; `waits`: a request waited for a place."""
+
+    max_loras: int | None = None
+    max_cpu_loras: int | None = None
+    resident: int | None = None
+    forgetting: int = 0
+    misses: int = 0
+    waits: int = 0
+
+
+class Cache(_Part):
+    folders: int = 0
+    bytes: int = 0
+    limit_bytes: int | None = None
+
+
+class ReplicaStatus(_Part):
+    """What GET /adapters and POST /adapters/sync answer."""
+
+    models: Mapping[str, ServedModel]
+    ready: bool = True
+    waits_for: Mapping[str, str] = Field(default_factory=dict)
+    base_models: tuple[str, ...] = ()
+    pid: int | None = None
+    last_sync_age_seconds: float | None = None
+    mlflow_error: str | None = None
+    state_error: str | None = None
+    slots: Slots = Slots()
+    cache: Cache = Cache()
+
+    @property
+    def waiting(self) -> str:
+        """Why it is not ready, as a sentence's part."""
+        return "; ".join(f"{name}: {why}" for name, why in self.waits_for.items()) or "it does not say what it waits for"
+
+
+def new_client() -> httpx.Client:
+    """Connections for any number of replicas and threads: making one takes 20 ms, which must not pass between an alias and its hints."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS)
+    return httpx.Client(timeout=httpx.Timeout(STATUS_SECONDS, connect=CONNECT_SECONDS), limits=limits, trust_env=False)
 
 
 @dataclass(frozen=True)
 class Replica:
-    """One vLLM server with our plugin; `token` opens its /adapters routes."""
+    """One vLLM server with our plugin. `token` opens its /adapters routes and signs hints; `server_name` is whose certificate it shows, where `url` has an address.
+
+    Every method raises ReplicaError.
+    """
 
     url: str
     token: str = field(repr=False)
+    client: httpx.Client = field(default_factory=new_client, repr=False, compare=False)
+    server_name: str | None = None
 
-    def sync(self) -> dict[str, Served]:
-        """Has the replica read the registry now; what it serves then, by model name."""
-        return self._call("POST", "/adapters/sync")
+    def status(self) -> ReplicaStatus:
+        """What the replica serves."""
+        return self._status("GET", "/adapters")
 
-    def status(self) -> dict[str, Served]:
-        """What the replica serves, by model name."""
-        return self._call("GET", "/adapters")
+    def ready(self) -> bool:
+        """Whether it serves everything that it should; a server without our plugin does not."""
+        return self._call("GET", "/adapters/ready").status_code == httpx.codes.OK
 
-    def _call(self, method: str, path: str) -> dict[str, Served]:
+    def hint(self, name: str, alias: str, version: str) -> ReplicaStatus:
+        """Has the replica read the registry now, since `alias` of `name` points to `version`; what it serves then."""
+        body, headers = new_hint(self.token, name, alias, version)
+        return self._status("POST", "/adapters/sync", body, headers)
+
+    def _status(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> ReplicaStatus:
+        answer = self._call(method, path, body, headers)
+        if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise ReplicaError("not-ready", f"replica {self.url} is still starting; look at its log if it stays so")
         try:
-            answer = httpx.request(
-                method, self.url.rstrip("/") + path, headers={"Authorization": f"Bearer {self.token}"}, timeout=TIMEOUT_SECONDS, trust_env=False
-            )
-        except (httpx.TransportError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise ServingError(f"replica {self.url} cannot be reached ({error or type(error).__name__}); is it up?") from error
-        if answer.status_code == httpx.codes.UNAUTHORIZED:
-            raise ServingError(f"replica {self.url} refuses our token: it was started by another project; run this command there")
-        if answer.status_code == httpx.codes.NOT_FOUND:
-            raise ServingError(f"replica {self.url} serves without the tuneserve plugin; start it with `tuneserve serve`")
-        if answer.status_code != httpx.codes.OK:
-            raise ServingError(f"replica {self.url}: {method} {path} answered {answer.status_code}: {answer.text[:300]}")
-        try:
-            return {name: _served(model) for name, model in answer.json()["models"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ServingError(
-                f"{self.url} answers, but not as a replica does ({error!r}); give the base URL of a server started with `tuneserve serve`"
+            return ReplicaStatus.model_validate(answer.json())
+        except (ValueError, ValidationError) as error:
+            wrong = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else "no JSON"
+            raise ReplicaError(
+                "refuses-us", f"{self.url} answers, but not as a replica does ({wrong}); give the base URL of a server started with `tuneserve serve`"
             ) from error
 
-
-def _served(model: Mapping[str, Any]) -> Served:
-    def version(key: str) -> tuple[str, str] | None:
-        value = model[key]
-        return (str(value["version"]), value["digest"]) if value else None
-
-    return Served(version("wanted"), version("live"), model["error"])
+    def _call(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> httpx.Response:
+        """The answer, 200 or 503."""
+        sent = {"Authorization": f"Bearer {self.token}", **(headers or {})}
+        extensions: dict[str, str] = {}
+        if self.server_name:
+            sent["Host"], extensions = self.server_name, {"sni_hostname": self.server_name.rpartition(":")[0]}
+        timeout = httpx.Timeout(STATUS_SECONDS if method == "GET" else HINT_SECONDS, connect=CONNECT_SECONDS)
+        try:
+            answer = self.client.request(method, self.url.rstrip("/") + path, content=body, headers=sent, timeout=timeout, extensions=extensions)
+        except (httpx.TransportError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise ReplicaError("unreachable", f"replica {self.url} cannot be reached ({str(error) or type(error).__name__}); is it up?") from error
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            reason = f": {answer.text[:200]}" if method == "POST" else ""
+            raise ReplicaError(
+                "refuses-us", f"replica {self.url} refuses our token{reason}; run this in the project that started it, with its .tuneserve/token"
+            )
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            raise ReplicaError("refuses-us", f"replica {self.url} serves without the tuneserve plugin; start it with `tuneserve serve`")
+        if answer.status_code not in (httpx.codes.OK, httpx.codes.SERVICE_UNAVAILABLE):
+            raise ReplicaError("not-ready", f"replica {self.url}: {method} {path} answered {answer.status_code}: {answer.text[:300]}")
+        return answer

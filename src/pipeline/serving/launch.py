@@ -22,8 +22,8 @@ FORBIDDEN = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens endpoints that let any client load any folder",
     "VLLM_SKIP_MODEL_NAME_VALIDATION": "answers unknown names from the base model",
 }
-DRAIN_SECONDS = 3
-"""On SIGTERM, how long running answers may take to end; below process.GRACE_SECONDS, after which everything is killed."""
+END_GRACE_SECONDS = 1.0
+"""What vLLM gets to end after it has drained, before everything is killed."""
 START_SECONDS = {"cpu": 300.0, "cuda": 1800.0}
 """Until the server is ready: 45-110 s on two CPU cores; loading 214 GB onto GPUs takes minutes."""
 
@@ -40,7 +40,9 @@ def serve_args(recipe: ServingRecipe, base: Path, port: int) -> list[str]:
     lora = recipe.lora
     args += ["--enable-lora", "--max-lora-rank", str(lora.max_rank), "--max-loras", str(lora.max_loras), "--max-cpu-loras", str(lora.max_cpu_loras)]
     args += ["--lora-target-modules", *lora.target_modules]
-    args += ["--shutdown-timeout", str(DRAIN_SECONDS)]
+    args += ["--enable-mixed-moe-lora-format"] if lora.wraps_experts else []  # takes experts' adapters in either layout
+    args += ["--worker-extension-cls", "pipeline.serving.worker_report.AdapterReport"]
+    args += ["--shutdown-timeout", str(recipe.drain_seconds)]
     args += ["--enforce-eager"] if recipe.device == "cpu" else ["--gpu-memory-utilization", str(recipe.gpu_memory_utilization)]
     return args
 
@@ -101,9 +103,23 @@ def replica(project: Project, recipe: ServingRecipe, base: BaseModel, mlflow_uri
         models=recipe.follow,
         base_revision=base.revision,
         template_digest=template_digest(),
+        base_folder=base.folder,
         state_dir=project.state / "serving" / recipe.name,
         token_file=adapters_token(project),
+        follow_tag=recipe.follow_tag,
         poll_seconds=recipe.poll_seconds,
+        first_sync_seconds=recipe.first_sync_seconds,
+        forget_after_seconds=recipe.forget_after_seconds,
+        cache_bytes=int(recipe.adapter_cache_gib * 2**30),
+        max_adapter_bytes=int(recipe.lora.max_adapter_gib * 2**30),
+        sticky_header=recipe.sticky_header,
+        disabled_answers=recipe.disabled_answers,
+        float32=recipe.precision == "float32",
+        max_rank=recipe.lora.max_rank,
+        max_loras=recipe.lora.max_loras,
+        max_cpu_loras=recipe.lora.max_cpu_loras,
+        target_modules=recipe.lora.target_modules,
+        wraps_experts=recipe.lora.wraps_experts,
     )
     settings_file = project.services / f"{name}.settings"
 
@@ -123,6 +139,7 @@ def replica(project: Project, recipe: ServingRecipe, base: BaseModel, mlflow_uri
         headers={"Authorization": f"Bearer {settings.token_file.read_text('utf-8').strip()}"},
         environment=serve_environment(recipe, settings_file),
         start_seconds=START_SECONDS[recipe.device],
+        grace_seconds=recipe.drain_seconds + END_GRACE_SECONDS,
         waiting=waiting,
     ) as up:
         yield up

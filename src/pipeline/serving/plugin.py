@@ -1,7 +1,8 @@
 """The vLLM side of following the registry: an endpoint plugin, which vLLM's API process loads when VLLM_PLUGINS names `tuneserve`.
 
-What we rely on beyond vLLM's documented plugin contract and `EngineClient.add_lora`; tests/serving/test_vllm_contract.py pins all of it:
-- `state.openai_serving_models.lora_requests`, the dict in which every request looks its model up before the bases (`VllmEngine`);
+What we rely on beyond vLLM's documented plugin contract and `EngineClient`'s methods; tests/serving/test_vllm_contract.py pins all of it:
+- the hooks in hooks.py, and what worker_report.py reads;
+- `state.openai_serving_models.lora_requests`, the dict in which every request looks its model up before the bases (`hooks.NameTable`);
 - `state.openai_serving_models.base_model_paths` and `.model_config.max_model_len` (`AdapterFollower.init_state`, `.list_models`);
 - the environment switches VLLM_ALLOW_RUNTIME_LORA_UPDATING and VLLM_SKIP_MODEL_NAME_VALIDATION, and `args.api_server_count` (`refusal`).
 """
@@ -17,22 +18,27 @@ from pathlib import Path
 from typing import Annotated
 
 import vllm
-from fastapi import Depends, FastAPI, Header, HTTPException
+from fastapi import Depends, FastAPI, Header, HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.datastructures import State
 from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.lora.request import LoRARequest
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from pipeline import journal
+from pipeline.adapter import name_fault
 from pipeline.errors import ServingError
-from pipeline.serving.followed_model import ServedAdapter
+from pipeline.serving import hooks
 from pipeline.serving.follower import Follower
+from pipeline.serving.hint import MAX_BODY_BYTES, HintCheck
 from pipeline.serving.local_adapters import LocalAdapters
+from pipeline.serving.metrics import Metrics
 from pipeline.serving.registry_reader import RegistryReader
 from pipeline.serving.settings import SETTINGS_VARIABLE, SYNC_SECONDS, FollowerSettings
+from pipeline.serving.traffic import Traffic
+from pipeline.serving.vllm_engine import VllmEngine
 
 logger = logging.getLogger("vllm.tuneserve")  # below "vllm" so that the server's own handler prints it
 
@@ -58,29 +64,39 @@ class AdapterFollower:
             raise ServingError(fault)
         journal.write_to_stderr(logger)  # our own lines in vLLM's log are the journal's kind
         self.settings = read_settings(os.environ)
-        self._authorization = f"Bearer {read_token(self.settings.token_file)}".encode()
-        self._adapters = LocalAdapters(self.settings.state_dir / "adapters")
+        token = read_token(self.settings.token_file)
+        self._authorization = f"Bearer {token}".encode()
+        self._hints = HintCheck(token)
+        self._traffic = Traffic(self.settings.max_loras)
         self._follower: Follower | None = None
         self._models: OpenAIServingModels
         self._started = int(time.time())
+        self._metrics = Metrics(get_prometheus_registry(), lambda name: name_fault(name) is None)
+        hooks.install(app, self._traffic, self._metrics, self.settings.sticky_header)
         app.add_api_route("/v1/models", self.list_models, methods=["GET"])
         guarded = [Depends(self.authenticate)]
         app.add_api_route("/adapters", self.show_status, methods=["GET"], dependencies=guarded)
         app.add_api_route("/adapters/ready", self.show_ready, methods=["GET"], dependencies=guarded)
-        app.add_api_route("/adapters/sync", self.sync_now, methods=["POST"], dependencies=guarded)
+        app.add_api_route("/adapters/sync", self.sync_now, methods=["POST"])  # asks for a signature instead
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Restores and follows. vLLM accepts connections only after this returns, and ends if it raises."""
         if engine_client is None:
             raise ServingError("vLLM's render server has no engine to follow the registry with; leave `tuneserve` out of its VLLM_PLUGINS")
-        self._models = state.openai_serving_models
-        taken = frozenset(base.name for base in self._models.base_model_paths) | frozenset(self._models.lora_requests)
-        engine, registry = VllmEngine(engine_client, self._models), RegistryReader(self.settings.mlflow_uri)
-        follower = Follower(self.settings, engine, registry, self._adapters, taken)
+        self._models = models = state.openai_serving_models
+        taken = frozenset(base.name for base in models.base_model_paths) | frozenset(models.lora_requests)
+        traffic, names = self._traffic, hooks.NameTable(models)
+        hooks.choose_adapters(names, models)
+        engine = VllmEngine(engine_client, hooks.watch_generations(engine_client, traffic, self._metrics))
+        registry = RegistryReader(self.settings.mlflow_uri, self.settings.max_adapter_bytes)
+        adapters = LocalAdapters(self.settings.state_dir / "adapters")
+        follower = Follower(self.settings, engine, names, registry, adapters, traffic, self._metrics, taken)
+        self._metrics.watch(follower.last_sync_age_seconds, lambda: follower.residents.count)
         try:
             await follower.start()
         except Exception:  # a server that answers without us is better than none; /adapters/ready stays 503
             logger.exception("following did not start; the base models are served without adapters")
+            return
         self._follower = follower
 
     def authenticate(self, authorization: Annotated[str, Header()] = "") -> None:
@@ -94,13 +110,22 @@ class AdapterFollower:
         return JSONResponse({"base_models": [base.name for base in self._models.base_model_paths], **self._follower.status()})
 
     async def show_ready(self) -> JSONResponse:
-        ready = self._follower is not None and self._follower.ready
-        return JSONResponse({"ready": ready}, 200 if ready else 503)
+        if self._follower is None:
+            return JSONResponse({"ready": False, "waits_for": {"tuneserve": "following did not start; look at the server's log"}}, 503)
+        ready = self._follower.ready
+        return JSONResponse({"ready": ready, "waits_for": self._follower.waits_for()}, 200 if ready else 503)
 
-    async def sync_now(self) -> JSONResponse:
-        """Status after a sync that began at this request or later, or after SYNC_SECONDS: compare `live` with what you want."""
+    async def sync_now(self, request: Request) -> JSONResponse:
+        """To a genuine hint: status after a sync that began at this request or later, or after SYNC_SECONDS; compare `live` with what you want."""
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise HTTPException(413, f"a hint has at most {MAX_BODY_BYTES} bytes")
+        if fault := self._hints.fault(request.headers, body):
+            raise HTTPException(401, fault, {"WWW-Authenticate": "X-MLflow-Signature"})
         if self._follower is not None:
-            await self._follower.sync(SYNC_SECONDS)
+            await self._follower.sync(SYNC_SECONDS, _hinted_model(body))
         return await self.show_status()
 
     async def list_models(self) -> JSONResponse:
@@ -113,29 +138,13 @@ class AdapterFollower:
         return JSONResponse({"object": "list", "data": cards})
 
 
-class VllmEngine:
-    """The `Engine` that a vLLM API process offers."""
-
-    def __init__(self, engine_client: EngineClient, models: OpenAIServingModels) -> None:
-        self._engine_client = engine_client
-        self._models = models
-
-    async def load(self, adapter: ServedAdapter) -> None:
-        # Not models.load_lora_adapter: it numbers adapters by arrival, so that a restart would give old numbers to other weights.
-        try:
-            loaded = await self._engine_client.add_lora(lora_request(adapter))
-        except Exception as error:  # vLLM passes every refusal of its engine process on as a bare Exception
-            raise ServingError(f"vLLM refused the adapter: {error}") from error
-        if not loaded:
-            raise ServingError("vLLM did not load the adapter and gave no reason; look at the server's log")
-
-    def point(self, name: str, adapter: ServedAdapter) -> None:
-        # One assignment: a request looks its name up once for the adapter it gets, and keeps that.
-        self._models.lora_requests[name] = lora_request(adapter)
-
-
-def lora_request(adapter: ServedAdapter) -> LoRARequest:
-    return LoRARequest(lora_name=adapter.engine_name, lora_int_id=adapter.lora_id, lora_path=str(adapter.folder))
+def _hinted_model(body: bytes) -> str | None:
+    """The registered model that a hint is about; None if it does not say, and then it is about all."""
+    try:
+        name = json.loads(body)["data"]["name"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def refusal(version: str, lora_enabled: bool, api_server_count: int | None, runtime_updates: bool, skips_names: bool) -> str | None:

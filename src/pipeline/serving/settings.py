@@ -4,6 +4,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.serving.routing import DisabledAnswers
+
 SETTINGS_VARIABLE = "TUNESERVE_FOLLOWER"
 SYNC_SECONDS = 10.0
 """How long POST /adapters/sync may hold its answer back for the sync that it asked for."""
@@ -21,10 +23,30 @@ class FollowerSettings(BaseModel):
     """Digest of the served base's files; a version trained on another base is refused."""
     template_digest: str
     """SHA-256 of the served chat template; a version trained with another is refused."""
+    base_folder: Path | None = None
+    """The served base's files: with them an adapter's shapes are checked before it is loaded."""
     state_dir: Path
     """Fetched adapters (a folder per digest) and `live.json`, what was served last."""
     token_file: Path
-    """The bearer token that every /adapters route asks for; mode 0600."""
+    """The bearer token that the /adapters routes ask for, and the secret that hints are signed with; mode 0600."""
+    follow_tag: str | None = None
+    """`key=value`: every registered model with that tag is followed too."""
     poll_seconds: float = 1.0
     first_sync_seconds: float = 20.0
     """How long the first sync may hold back the server's readiness."""
+    forget_after_seconds: float = 60.0
+    """How long a version that nothing wants any more stays loaded, unless its place is needed."""
+    cache_bytes: int = 8 * 2**30
+    """Disk for fetched adapters."""
+    max_adapter_bytes: int = 4 * 2**30
+    sticky_header: str | None = "X-User-Id"
+    """During a canary, the header that names the caller where the request has no `user`."""
+    disabled_answers: DisabledAnswers = "error"
+    float32: bool = False
+    """Whether the server computes in float32: log-probabilities are then compared more strictly."""
+    max_rank: int = 16
+    max_loras: int = 4
+    max_cpu_loras: int = 16
+    target_modules: tuple[str, ...] = ("qkv_proj", "o_proj")
+    """vLLM's modules that take adapters."""
+    wraps_experts: bool = False

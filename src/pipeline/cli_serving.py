@@ -1,0 +1,385 @@
+"""The commands that change and show what is served: promote, canary, rollback, disable, enable, status. cli.py holds the others, and what they promise."""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.command import begin_journal, flow_servers, json_option, opened_project
+from pipeline.errors import Fault, InvalidInput, RegistryError
+
+if TYPE_CHECKING:
+    from pipeline.fleet import Fleet
+    from pipeline.fleet_status import FleetStatus, ReplicaReport
+    from pipeline.project import Project
+    from pipeline.promotion import Promotion, Reach
+    from pipeline.recipe import ServingRecipe
+    from pipeline.registry import Registry
+    from pipeline.serving.wanted import Wanted
+
+LAG_SECONDS = 1.5
+"""A replica that is behind is looked at once more after this: it polls once a second, and so it may be for a moment after every change."""
+QUESTIONS = 8
+"""To MLflow at a time."""
+SHOWN = "it is so on"
+
+
+def fleet_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Which replicas a command is about."""
+    serving = click.option(
+        "--serving",
+        "recipe_path",
+        type=click.Path(path_type=Path),
+        metavar="RECIPE",
+        help="A serving recipe: its `replicas:`, else its server in this project.",
+    )
+    replica = click.option(
+        "--replica", "replica_urls", multiple=True, metavar="URL", help="A replica (http://HOST:PORT or dns://HOST:PORT); may be given several times."
+    )
+    return serving(replica(command))
+
+
+@click.command(short_help="Make a version champion, or a canary.")
+@click.argument("adapter", metavar="NAME[/VERSION]")
+@click.option("--canary", metavar="PERCENT", help="Give the version this share of the name's requests instead, beside the champion; 10% for example.")
+@click.option("--wait/--no-wait", default=True, help="Wait until every ready replica serves it (default), or only move the alias.")
+@fleet_options
+@json_option
+def promote(adapter: str, canary: str | None, wait: bool, recipe_path: Path | None, replica_urls: tuple[str, ...], as_json: bool) -> None:
+    """Make a version (default: the newest) the champion, and return once every ready replica serves it; if one refuses, the alias goes back.
+
+    Replicas: --replica, else --serving, else every running server of this project that follows NAME. Those that cannot be reached are reported: they look at
+    the registry before they are ready. A promotion ends the model's canary.
+    """
+    name, version = _adapter(adapter)
+    percent = _percent(canary) if canary is not None else None
+    if percent is not None and not wait:
+        raise InvalidInput([Fault("--no-wait", "", "a canary is always waited for; leave --no-wait or --canary out")])
+    recipe, urls = _chosen(recipe_path, replica_urls)
+    with opened_project() as project, flow_servers(project) as (mlflow_uri, _):
+        from flows.promote import promote as flow
+        from pipeline.fleet import addresses_of
+
+        fails = _unreachable_fails(recipe)
+        done = flow(name, version, addresses_of(project, recipe, urls), canary_percent=percent, unreachable_fails=fails, wait=wait)
+    _show_promotion(done, mlflow_uri, wait, as_json)
+
+
+@click.command(short_help="Make the champion before this one champion again.")
+@click.argument("name")
+@click.option("--to", "to", metavar="VERSION", help="The version to go back to; default: the champion before the one of now.")
+@click.option("--wait/--no-wait", default=True, help="Wait until every ready replica serves it (default), or only move the alias.")
+@fleet_options
+@json_option
+def rollback(name: str, to: str | None, wait: bool, recipe_path: Path | None, replica_urls: tuple[str, ...], as_json: bool) -> None:
+    """Make the champion before the one of now champion again; as `promote`. Called twice it goes further back. Works while NAME is switched off, too."""
+    _adapter(name, versioned=False)
+    name, version = _adapter(f"{name}/{to}" if to is not None else name)
+    recipe, urls = _chosen(recipe_path, replica_urls)
+    with opened_project() as project, flow_servers(project) as (mlflow_uri, _):
+        from flows.promote import rollback as flow
+        from pipeline.fleet import addresses_of
+
+        done = flow(name, version, addresses_of(project, recipe, urls), unreachable_fails=_unreachable_fails(recipe), wait=wait)
+    _show_promotion(done, mlflow_uri, wait, as_json)
+
+
+@click.command(short_help="Change a canary's share, or end it.")
+@click.argument("name")
+@click.argument("share", metavar="PERCENT|end")
+@fleet_options
+@json_option
+def canary(name: str, share: str, recipe_path: Path | None, replica_urls: tuple[str, ...], as_json: bool) -> None:
+    """Change the share of requests that NAME's canary gets (25% for example), or end it; returns once every ready replica does so.
+
+    Start one: tuneserve promote NAME/VERSION --canary 10%.
+    """
+    name, _ = _adapter(name, versioned=False)
+    percent = None if share == "end" else _percent(share)
+
+    def change(registry: "Registry", fleet: "Fleet", lock: Path) -> None:
+        from pipeline import promotion
+
+        if percent is not None:
+            _show_promotion(promotion.set_canary(registry, name, percent, fleet, lock), registry.uri, True, as_json)
+            return
+        ended = promotion.end_canary(registry, name, fleet, lock)
+        label = f"{name}/{ended.candidate}" if ended.candidate else None
+        text = f"the canary {label} is ended" if label else f"{name}: no canary runs"
+        _show({"name": name, "ended_canary": label, **_reach(ended.reach)}, [text, *(_reach_lines(ended.reach, SHOWN) if label else [])], as_json)
+
+    _change(name, recipe_path, replica_urls, change)
+
+
+@click.command(short_help="Switch a name or a version off, now.")
+@click.argument("adapter", metavar="NAME|NAME/VERSION")
+@click.option("--reason", required=True, metavar="TEXT", help="Why; it is recorded with who and when, and shown to whoever finds it off.")
+@fleet_options
+@json_option
+def disable(adapter: str, reason: str, recipe_path: Path | None, replica_urls: tuple[str, ...], as_json: bool) -> None:
+    """Switch a served name, or one version of it, off on every replica, until `enable`.
+
+    Its requests then get a clear error, or another answer if the serving recipe says so (`disabled_answers`). Returns once every ready replica shows it.
+    It is recorded in the registry even if this fails because a replica does not.
+    """
+    from pipeline.switch import switched_off_now
+
+    name, version = _adapter(adapter)
+    switched_off_now(reason)  # a wrong reason is said before any server starts
+
+    def change(registry: "Registry", fleet: "Fleet", lock: Path) -> None:
+        from pipeline import promotion
+
+        done = promotion.disable(registry, name, version, reason, fleet)
+        said = {"name": name, "version": int(version) if version else None, "disabled": done.record.__dict__, "changed": done.changed, **_reach(done.reach)}
+        _show(said, [f"{done.label} is switched off: {done.record}; take it back: tuneserve enable {done.label}", *_reach_lines(done.reach, SHOWN)], as_json)
+
+    _change(name, recipe_path, replica_urls, change)
+
+
+@click.command(short_help="Take `disable` back.")
+@click.argument("adapter", metavar="NAME|NAME/VERSION")
+@fleet_options
+@json_option
+def enable(adapter: str, recipe_path: Path | None, replica_urls: tuple[str, ...], as_json: bool) -> None:
+    """Switch a name, or a version, on that was switched off; returns once every ready replica shows it."""
+    name, version = _adapter(adapter)
+
+    def change(registry: "Registry", fleet: "Fleet", lock: Path) -> None:
+        from pipeline import promotion
+
+        done = promotion.enable(registry, name, version, fleet)
+        said = {"name": name, "version": int(version) if version else None, "disabled": None, "changed": done.changed, **_reach(done.reach)}
+        _show(said, [f"{done.label} is switched on" if done.changed else f"{done.label} was not switched off", *_reach_lines(done.reach, SHOWN)], as_json)
+
+    _change(name, recipe_path, replica_urls, change)
+
+
+@click.command(short_help="The registry against each replica.")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@fleet_options
+@json_option
+def status(names: tuple[str, ...], recipe_path: Path | None, replica_urls: tuple[str, ...], as_json: bool) -> None:
+    """Show what the registry wants and what each replica serves: wanted, live, verified, canary, switched off, refused, and the seconds since it read MLflow.
+
+    Exits 1 if a ready replica lags or fails, none is ready though one should be, or the registry cannot be read. Changes nothing and starts nothing.
+    """
+    from pipeline.project import find_project
+
+    for name in names:
+        _adapter(name, versioned=False)
+    recipe, urls = _chosen(recipe_path, replica_urls)
+    project = find_project()
+    project.use_environment()
+    if project.state.is_dir():
+        begin_journal(project)
+    found = _observe(project, names, recipe, urls)
+    if found.lags:
+        time.sleep(LAG_SECONDS)
+        found = _observe(project, names, recipe, urls)
+    if as_json:
+        click.echo(json.dumps(found.as_dict()))
+    else:
+        _print_status(found)
+    sys.exit(0 if found.ok else 1)
+
+
+COMMANDS = (promote, canary, rollback, disable, enable, status)
+
+
+def _adapter(text: str, *, versioned: bool = True) -> tuple[str, str | None]:
+    """NAME and VERSION of `NAME[/VERSION]`."""
+    name, slash, version = text.partition("/")
+    if not name or (slash and not (versioned and version.isascii() and version.isdecimal())):
+        raise InvalidInput([Fault(text, "", "give NAME or NAME/VERSION, for example catalog/3" if versioned else "give a NAME, for example catalog")])
+    return name, version or None
+
+
+def _percent(text: str) -> float:
+    try:
+        percent = float(text.strip().removesuffix("%"))
+    except ValueError:
+        percent = -1.0
+    if not 0 <= percent <= 100:  # also for NaN
+        raise InvalidInput([Fault(text, "", "a share of requests is 0% to 100%, for example 10% or 2.5%")])
+    return percent
+
+
+def _chosen(recipe_path: Path | None, urls: Sequence[str]) -> "tuple[ServingRecipe | None, list[str]]":
+    """The recipe and the addresses that a command was given, checked."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from pipeline.recipe import ReplicaAddress, ServingRecipe, load_recipe
+
+    checked = [url.rstrip("/") for url in urls]
+    try:
+        TypeAdapter(list[ReplicaAddress]).validate_python(checked)
+    except ValidationError as error:
+        wrong = [str(found["input"]) for found in error.errors()]
+        raise InvalidInput(
+            [Fault(url, "", "is no replica's address; give http://HOST:PORT, or dns://HOST:PORT for every address of a name") for url in wrong]
+        ) from None
+    return load_recipe(recipe_path, ServingRecipe) if recipe_path else None, checked
+
+
+def _unreachable_fails(recipe: "ServingRecipe | None") -> bool:
+    return recipe is not None and recipe.unreachable_replicas == "fail"
+
+
+def _change(name: str, recipe_path: Path | None, urls: Sequence[str], change: "Callable[[Registry, Fleet, Path], None]") -> None:
+    """Runs `change` with the registry, the replicas and the file that holds back other changes; needs no Prefect."""
+    recipe, checked = _chosen(recipe_path, urls)
+    from pipeline import services
+    from pipeline.progress import progress
+
+    with opened_project(uses_caches=False) as project, contextlib.ExitStack() as stack:
+        with progress("MLflow"):
+            uri = stack.enter_context(services.tracking(project))
+        from pipeline.fleet import addresses_of, open_fleet
+        from pipeline.promotion import lock_file
+        from pipeline.registry import Registry
+
+        fleet = stack.enter_context(open_fleet(project, addresses_of(project, recipe, checked), unreachable_fails=_unreachable_fails(recipe)))
+        change(Registry(uri), fleet, lock_file(project, name))
+
+
+def _show(said: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
+    click.echo(json.dumps(said) if as_json else "\n".join(lines))
+
+
+def _show_promotion(done: "Promotion", mlflow_uri: str, waited: bool, as_json: bool) -> None:
+    version, previous = done.version, f"{done.version.name}/{done.previous}" if done.previous else None
+    ended = f"{version.name}/{done.ended_canary}" if done.ended_canary else None
+    said = {"name": version.name, "version": int(version.version), "previous": previous, "alias_set_at": done.alias_set_at, "ended_canary": ended}
+    said |= {"canary_percent": done.percent} if done.percent is not None else {}
+    what = "champion" if done.percent is None else f"the canary at {done.percent:g}%"
+    lines = [f"{version.label} is {what} in {mlflow_uri} (before: {previous or 'none'})", *([f"the canary {ended} is ended"] if ended else [])]
+    _show(said | _reach(done.reach), lines + (_reach_lines(done.reach) if waited else ["replicas follow by themselves: tuneserve status"]), as_json)
+
+
+def _reach(reach: "Reach") -> dict[str, Any]:
+    away = [{"url": seen.url, "state": seen.state, "why": seen.why} for seen in reach.unreachable]
+    return {"replicas": list(reach.replicas), "unreachable": away, "seconds": round(reach.seconds, 3)}
+
+
+def _reach_lines(reach: "Reach", what: str = "live on") -> list[str]:
+    away = [f"not asked: {seen.why}; it reads the registry before it is ready" for seen in reach.unreachable]
+    if reach.replicas:
+        return [f"{what} {', '.join(reach.replicas)} after {reach.seconds:.1f} s", *away]
+    return away or ["no replica is running; each reads the registry when it starts: tuneserve serve RECIPE"]
+
+
+def _observe(project: "Project", names: Sequence[str], recipe: "ServingRecipe | None", urls: Sequence[str]) -> "FleetStatus":
+    from pipeline.fleet import addresses_of, open_fleet
+    from pipeline.fleet_status import compare
+
+    with open_fleet(project, addresses_of(project, recipe, urls)) as fleet:
+        looks = fleet.looks()
+        listed = fleet.listed
+    asked: Sequence[str] = names or (recipe.follow if recipe else ())
+    followed = set() if names else {name for seen in looks if seen.status for name in seen.status.models}
+    follow_tag = recipe.follow_tag if recipe and not names else None
+    tagged: list[str] = []
+    registry: dict[str, Wanted | str] = {}
+    error = None
+    try:
+        tagged, registry = asyncio.run(_read_registry(_mlflow(project), {*asked, *followed}, follow_tag))
+    except RegistryError as failure:
+        error = str(failure)
+    required = {*asked, *tagged} if recipe or (listed and names) else set()
+    shown = sorted({*asked, *tagged, *followed})
+    return compare(shown, registry, error, looks, required=required, expected=recipe is not None, unreachable_fails=_unreachable_fails(recipe))
+
+
+def _mlflow(project: "Project") -> str:
+    """Where MLflow is, if it runs."""
+    from pipeline import services
+
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if running := services.find_service(project, services.MLFLOW):
+        return running.url
+    raise RegistryError("the embedded MLflow does not run, so nobody can follow it; start it: tuneserve up, or set MLFLOW_TRACKING_URI to yours")
+
+
+async def _read_registry(uri: str, names: set[str], follow_tag: str | None) -> "tuple[list[str], dict[str, Wanted | str]]":
+    """The models with that tag, and what is wanted of them and of `names`, or why that cannot be read: all as replicas read it.
+
+    Raises RegistryError if MLflow tells nothing at all.
+    """
+    from pipeline.serving.registry_reader import RegistryReader
+
+    reader, turns = RegistryReader(uri), asyncio.Semaphore(QUESTIONS)
+
+    async def read(name: str) -> "Wanted | str":
+        async with turns:
+            try:
+                return await reader.read(name)
+            except RegistryError as error:
+                return str(error)
+
+    try:
+        key, _, value = (follow_tag or "").partition("=")
+        tagged = await reader.tagged(key, value) if follow_tag else []
+        ordered = sorted({*names, *tagged})
+        found = await asyncio.gather(*map(read, ordered))
+    finally:
+        await reader.aclose()
+    if found and all(isinstance(each, str) for each in found):
+        raise RegistryError(str(found[0]))
+    return tagged, dict(zip(ordered, found, strict=True))
+
+
+def _print_status(found: "FleetStatus") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+    models = Table("model", "champion", "candidate", "switched off", title="registry", title_justify="left")
+    for name, entry in found.as_dict()["registry"].items():
+        champion, candidate, off = entry["champion"], entry["candidate"], entry["disabled"]
+        shares = f"{candidate['version']} at {candidate['percent']:g} %" if candidate else "-"
+        switched = [*(["the name"] if off and off["model"] else []), *((off or {}).get("versions", ()))]
+        models.add_row(name, f"{champion['version']}  {(champion['digest'] or 'no digest')[:8]}" if champion else "-", shares, ", ".join(switched) or "-")
+    if found.names:
+        console.print(models)
+    replicas = Table("replica", "state", "model", "live", "verified", "candidate", "off", "lag", "slots", "cache", title="replicas", title_justify="left")
+    for replica in found.replicas:
+        for row in _rows(replica):
+            replicas.add_row(*row)
+    if found.replicas:
+        console.print(replicas)
+    for problem in found.problems:
+        console.print(f"{'problem' if problem.fails else 'note'}: {problem.text}", soft_wrap=True)
+    if found.ok:
+        console.print("every ready replica is as the registry says" if any(replica.look.state == "ready" for replica in found.replicas) else "nothing is wrong")
+
+
+def _rows(replica: "ReplicaReport") -> list[list[str]]:
+    """The table's rows for one replica: a row for each model; what is the replica's own stands in the first."""
+    status = replica.look.status
+    age = status.last_sync_age_seconds if status else None
+    slots = status.slots if status else None
+    places = (
+        f"{slots.resident if slots.resident is not None else '?'}/{slots.max_cpu_loras or '?'}" + (f", {slots.waits} waits" if slots.waits else "")
+        if slots
+        else "-"
+    )
+    cache = f"{status.cache.bytes / 2**20:.0f} MiB" if status else "-"
+    own = [f"{age:.1f} s" if age is not None else "-", places, cache]
+    rows = []
+    for name, report in replica.models.items():
+        live, candidate, off = report.served.live, report.served.live_candidate, report.served.off
+        switched = [*(["the name"] if off.model else []), *sorted(off.versions)]
+        shown = (live.version if live else "none") + (" LAGS" if report.lagging else "")
+        shares = f"{candidate.version} at {candidate.percent or 0:g} %" if candidate else "-"
+        rows.append([name, shown, "yes" if report.verified else "no", shares, ", ".join(switched) or "-"])
+    rows = rows or [["-"] * 5]
+    return [[replica.look.url, replica.look.state, *row, *own] if index == 0 else ["", "", *row, "", "", ""] for index, row in enumerate(rows)]
