@@ -61,7 +61,8 @@ REFUSED = {**live("2"), "code": "rank-too-large", "message": "rank 64 > 16", "at
 @pytest.mark.parametrize(
     ("wanted", "said", "problem"),
     [
-        (TWO, RIGHT, "http://a:1: shop lags: live 1, wanted 2"),
+        (TWO, RIGHT, "http://a:1: shop lags: live 1, wanted 2 (it wants 1)"),
+        (ONE, model(live("2"), live("1"), refused=[REFUSED], error="rank 64 > 16", code="rank-too-large"), "live 1, wanted 1 (it wants 2): rank 64 > 16"),
         (TWO, model(live("2"), live("1"), refused=[REFUSED], error="rank 64 > 16", code="rank-too-large"), "rank 64 > 16"),
         (TWO, model(live("2"), None), "live none, wanted 2"),
         (Wanted(True, version("1", "another")), RIGHT, "live 1, wanted 1"),

@@ -136,12 +136,17 @@ def _model_report(served: ServedModel, wanted: Wanted | None) -> ModelReport:
         lagging = served.wanted is not None and (served.live is None or served.live.key != served.wanted.key)
         return ModelReport(served, proven and not lagging, lagging)
     right = _is(served.live, wanted.champion)
-    lagging = (wanted.champion is not None and not right) or _canary_lags(served, wanted) or _switch_lags(served, wanted)
+    lagging = (wanted.champion is not None and not right) or _wants_another(served, wanted) or _canary_lags(served, wanted) or _switch_lags(served, wanted)
     return ModelReport(served, proven and right, lagging)
 
 
 def _is(served: ServedVersion | None, wanted: RegisteredVersion | None) -> bool:
     return served is not None and wanted is not None and served.key == (wanted.version, wanted.digest)
+
+
+def _wants_another(served: ServedModel, wanted: Wanted) -> bool:
+    """Whether the replica has not read the registry's last word on the champion; what it says is wrong may be of the word before."""
+    return (served.wanted.key if served.wanted else None) != ((wanted.champion.version, wanted.champion.digest) if wanted.champion else None)
 
 
 def _canary_lags(served: ServedModel, wanted: Wanted) -> bool:
@@ -223,6 +228,7 @@ def _wanted_text(served: ServedModel, wanted: Wanted | None) -> str:
     if wanted is None:
         return _said(served.wanted)
     text = wanted.champion.version if wanted.champion else "none"
+    text += f" (it wants {_said(served.wanted)})" if _wants_another(served, wanted) else ""
     if wanted.candidate or served.live_candidate:
         candidate = f"{wanted.candidate.version} at {wanted.percent:g} %" if wanted.candidate else "none"
         text += f", candidate {candidate} (live {_said(served.live_candidate)})"
