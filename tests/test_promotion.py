@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import promotion
+from pipeline import convergence, promotion
 from pipeline.errors import InvalidInput, RegistryError, ServingError
 from pipeline.fleet import Fleet
 from pipeline.promotion import Promotion, disable, enable, end_canary, promote, rollback_target, set_canary, start_canary
@@ -134,8 +134,8 @@ def world(tmp_path: Path) -> Any:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(promotion, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(promotion, "AWAY_SECONDS", 0.1)
+    monkeypatch.setattr(convergence, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(convergence, "AWAY_SECONDS", 0.1)
 
 
 def test_promotion_waits_for_every_replica_and_records_what_was_before(world: World) -> None:
@@ -217,14 +217,14 @@ def test_an_interrupted_promotion_is_undone_too(world: World, monkeypatch: pytes
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(promotion, "_spread", interrupted)
+    monkeypatch.setattr(promotion, "spread", interrupted)
     with pytest.raises(KeyboardInterrupt):
         world.promote()
     assert world.registry.now == "1"
 
 
 def test_a_replica_that_is_away_for_a_moment_does_not_undo_a_promotion(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(promotion, "AWAY_SECONDS", 30.0)
+    monkeypatch.setattr(convergence, "AWAY_SECONDS", 30.0)
     replica = world.add(A)
     world.add(B, on_hint=lambda: threading.Timer(0.05, setattr, (replica, "away", False)).start())
     fleet = world.fleet()

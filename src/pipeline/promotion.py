@@ -7,42 +7,23 @@ follow, the alias goes back.
 import contextlib
 import logging
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from pipeline.convergence import WAIT_SECONDS, Change, Reach, Shows, look_first, spread
 from pipeline.errors import Fault, InvalidInput, RegistryError, ServingError
-from pipeline.fleet import Fleet, Look, look
+from pipeline.fleet import Fleet
 from pipeline.journal import failure_fields
 from pipeline.process import locked
 from pipeline.project import Project
 from pipeline.registry import Deployment, Registry, Version
-from pipeline.serving.client import Replica, ServedModel, ServedVersion
+from pipeline.serving.client import ServedModel, ServedVersion
 from pipeline.switch import Disabled, switched_off_now
 from pipeline.version import CANDIDATE, CHAMPION, DISABLED_TAG, disabled_tag
 
 logger = logging.getLogger(__name__)
-WAIT_SECONDS = 60.0
-POLL_SECONDS = 0.2
-AWAY_SECONDS = 5.0
-"""A replica that was ready and is not reached for so long has gone; until then it may only be busy."""
-REFUSALS = 3
-"""So often a replica must refuse a version, while we look, before we stop waiting for it."""
-
-Shows = Callable[[ServedModel | None], str | None]
-"""Why what a replica says of the model (None: it does not follow it) is not yet as it should be, or None if it is."""
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How far a change came: the replicas that show it, those that could not be asked with the reason, and the seconds until the last of the former did."""
-
-    replicas: tuple[str, ...] = ()
-    unreachable: tuple[Look, ...] = ()
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,18 +57,6 @@ class Switched:
     record: Disabled | None
     changed: bool
     reach: Reach
-
-
-@dataclass(frozen=True)
-class _Change:
-    """What replicas are hinted at and asked for: `verb` is what one does that does not show it. `digest`: of the version that it is about, if of one."""
-
-    name: str
-    alias: str
-    version: str
-    digest: str | None
-    shows: Shows
-    verb: str
 
 
 def lock_file(project: Project, name: str) -> Path:
@@ -157,9 +126,9 @@ def end_canary(registry: Registry, name: str, fleet: Fleet, lock: Path, wait_sec
         if candidate is None:
             return Ended(None, Reach())
         _take_candidate_away(registry, name, candidate)
-        change = _Change(name, CANDIDATE, candidate, None, _gives_no_share, f"does not end the canary of {name}")
+        change = Change(name, CANDIDATE, candidate, None, _gives_no_share, f"does not end the canary of {name}")
         with _stays(f"The canary of {name} is ended in the registry"):
-            reach = _spread(fleet, None, change, wait_seconds)
+            reach = spread(fleet, None, change, wait_seconds)
     return Ended(candidate, reach)
 
 
@@ -175,9 +144,9 @@ def disable(registry: Registry, name: str, version: str | None, reason: str, fle
     label = _label(name, version)
     logger.warning("switched off", extra={"model": name, "version": version, "by": record.by, "reason": record.reason})
 
-    change = _Change(name, CHAMPION, version or before.champion or "0", None, _switched(version, record), f"does not switch {label} off")
+    change = Change(name, CHAMPION, version or before.champion or "0", None, _switched(version, record), f"does not switch {label} off")
     with _stays(f"{label} is switched off in the registry"):
-        reach = _spread(fleet, None, change, wait_seconds)
+        reach = spread(fleet, None, change, wait_seconds)
     return Switched(label, record, tag not in before.switched_off, reach)
 
 
@@ -189,9 +158,9 @@ def enable(registry: Registry, name: str, version: str | None, fleet: Fleet, wai
     label = _label(name, version)
     logger.warning("switched on", extra={"model": name, "version": version})
 
-    change = _Change(name, CHAMPION, version or before.champion or "0", None, _switched(version, None), f"does not switch {label} on")
+    change = Change(name, CHAMPION, version or before.champion or "0", None, _switched(version, None), f"does not switch {label} on")
     with _stays(f"{label} is switched on in the registry"):
-        reach = _spread(fleet, None, change, wait_seconds)
+        reach = spread(fleet, None, change, wait_seconds)
     return Switched(label, None, bool(tags), reach)
 
 
@@ -205,13 +174,13 @@ def share_tag(percent: float) -> str:
 def _make_champion(registry: Registry, version: Version, before: Deployment, fleet: Fleet | None, wait_seconds: float, *, record: bool) -> Promotion:
     name, previous = version.name, before.champion
     fields = {"model": name, "version": version.version, "digest": version.digest}
-    change = _Change(name, CHAMPION, version.version, version.digest, _serves(version), f"does not serve {version.label}")
-    looks = _look_first(fleet, name) if fleet is not None else []
+    change = Change(name, CHAMPION, version.version, version.digest, _serves(version), f"does not serve {version.label}")
+    looks = look_first(fleet, name) if fleet is not None else []
     try:
         registry.move_champion(name, version.version)
         set_at = time.time()
         logger.info("alias moved", extra={**fields, "alias": CHAMPION, "previous": previous})
-        reach = _spread(fleet, looks, change, wait_seconds) if fleet is not None else Reach()
+        reach = spread(fleet, looks, change, wait_seconds) if fleet is not None else Reach()
     except BaseException as error:
         logger.warning("promotion failed", extra={**fields, **failure_fields(error)})
         raise _undone(error, lambda: _move_champion_back(registry, version, previous), fleet, change) from error
@@ -228,19 +197,19 @@ def _make_champion(registry: Registry, version: Version, before: Deployment, fle
 def _make_candidate(registry: Registry, version: Version, share: str, before: Deployment, fleet: Fleet, wait_seconds: float) -> Promotion:
     name = version.name
     fields = {"model": name, "version": version.version, "digest": version.digest, "alias": CANDIDATE, "percent": float(share)}
-    change = _Change(name, CANDIDATE, version.version, version.digest, _shares(version, float(share)), f"does not serve {version.label} as candidate")
+    change = Change(name, CANDIDATE, version.version, version.digest, _shares(version, float(share)), f"does not serve {version.label} as candidate")
     _refuse_switched_off(before, version)
     if before.champion == version.version:
         raise ServingError(f"{version.label} is the champion, so it cannot be its own canary; name another version")
     if before.champion is None and float(share) > 0:
         raise ServingError(f"{name} has no champion to share its requests with; promote one first: tuneserve promote {version.label}")
-    looks = _look_first(fleet, name)
+    looks = look_first(fleet, name)
     try:
         registry.write_share(name, version.version, share)
         if before.candidate != version.version:
             registry.move_candidate(name, version.version)
         set_at = time.time()
-        reach = _spread(fleet, looks, change, wait_seconds)
+        reach = spread(fleet, looks, change, wait_seconds)
     except BaseException as error:
         logger.warning("canary failed", extra={**fields, **failure_fields(error)})
         raise _undone(error, lambda: _move_candidate_back(registry, version, before.candidate), fleet, change) from error
@@ -258,7 +227,7 @@ def _take_candidate_away(registry: Registry, name: str, candidate: str) -> None:
     logger.info("canary ended", extra={"model": name, "version": candidate, "alias": CANDIDATE})
 
 
-def _undone(error: BaseException, put_back: Callable[[], str], fleet: Fleet | None, change: _Change) -> ServingError:
+def _undone(error: BaseException, put_back: Callable[[], str], fleet: Fleet | None, change: Change) -> ServingError:
     """The error to raise once a move that failed with `error` is undone, with what became of the alias; raises `error` itself if it is not for a person to read."""
     try:
         outcome = put_back()
@@ -313,90 +282,6 @@ def _refuse_switched_off(before: Deployment, version: Version, *, allow_name: bo
         raise ServingError(f"{version.name} is switched off: {before.name_off}; switch it on first: tuneserve enable {version.name}")
     if off := before.version_off(version.version, version.digest):
         raise ServingError(f"{version.label} is switched off: {off}; switch it on first: tuneserve enable {version.label}")
-
-
-def _look_first(fleet: Fleet, name: str) -> list[Look]:
-    """What the replicas that count say before anything is changed. Raises ServingError if the change could not be seen through."""
-    looks = [each for each in fleet.looks() if fleet.listed or each.status is None or name in each.status.models]
-    for each in looks:
-        if each.state == "refuses-us":
-            raise ServingError(each.why)
-        if each.status and name not in each.status.models:
-            raise ServingError(f"replica {each.url} does not follow {name}; add it to `follow:` in its serving recipe, or name the replicas that do")
-    away = [each for each in looks if each.state != "ready"]
-    if away and fleet.unreachable_fails:
-        raise ServingError(f"{_listing(away)}; the serving recipe says `unreachable_replicas: fail`: bring it up, or take it out of the list")
-    if looks and all(each.state == "unreachable" for each in looks):
-        raise ServingError(f"no replica can be reached, so none would show the change: {_listing(away)}; start one, or move the alias alone: --no-wait")
-    return looks
-
-
-def _listing(looks: Sequence[Look]) -> str:
-    return "; ".join(each.why for each in looks)
-
-
-def _spread(fleet: Fleet, looks: Sequence[Look] | None, change: _Change, wait_seconds: float) -> Reach:
-    """Hints all replicas at once and waits until every ready one shows the change, and at least one does.
-
-    `looks`: what those that count said before; None where nobody looked, and all are asked. Raises ServingError if a ready one does not follow in time.
-    """
-    began = time.monotonic()
-    said = {each.url: each.state for each in looks or ()}
-    asked = [replica for replica in fleet.replicas if looks is None or said.get(replica.url, "unreachable") != "unreachable"]
-    patient = looks is not None and "ready" not in said.values()
-    stop = threading.Event()
-    showing: list[tuple[float, str]] = []
-    away = [each for each in (fleet.unresolved if looks is None else looks) if each.state == "unreachable"]
-    try:
-        for outcome in fleet.each(lambda replica: _follow(replica, change, began + wait_seconds, stop, patient=patient), asked):
-            if outcome.how == "fails":
-                raise ServingError(outcome.seen.why)
-            if outcome.how == "away":
-                away.append(outcome.seen)
-            else:
-                showing.append((outcome.at - began, outcome.seen.url))
-    finally:
-        stop.set()
-    if away and fleet.unreachable_fails:
-        raise ServingError(f"{_listing(away)}; the serving recipe says `unreachable_replicas: fail`")
-    if away and not showing:
-        raise ServingError(f"no replica shows it: {_listing(away)}")
-    return Reach(tuple(sorted(url for _, url in showing)), tuple(sorted(away, key=lambda each: each.url)), max(showing, default=(0.0, ""))[0])
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """How waiting for one replica ended, and when: it shows the change, cannot be asked, or does not follow."""
-
-    how: Literal["shows", "away", "fails"]
-    seen: Look
-    at: float
-
-
-def _follow(replica: Replica, change: _Change, deadline: float, stop: threading.Event, *, patient: bool) -> _Outcome:
-    """Hints one replica until it shows the change, or it is clear that it does not, or `stop`. `patient`: one that is not ready is waited for."""
-    reached_at = time.monotonic()
-    refusals: set[int] = set()
-    while True:
-        seen = look(replica.url, lambda: replica.hint(change.name, change.alias, change.version))
-        now = time.monotonic()
-        reached_at = reached_at if seen.state == "unreachable" else now
-        over = now > deadline or stop.is_set()
-        if seen.state == "ready" and seen.status:
-            model = seen.status.models.get(change.name)
-            why = change.shows(model)
-            if why is None:
-                return _Outcome("shows", seen, now)
-            refusal = model.refusal(change.version, change.digest) if model else None
-            refusals |= {refusal.attempts} if refusal else set()
-            if over or len(refusals) >= REFUSALS:
-                mlflow_error = f" (it says of MLflow: {seen.status.mlflow_error})" if seen.status.mlflow_error else ""
-                return _Outcome("fails", replace(seen, why=f"replica {replica.url} {change.verb}: {why}{mlflow_error}"), now)
-        elif seen.state == "refuses-us":
-            return _Outcome("fails", seen, now)
-        elif over or (seen.state == "not-ready" and not patient) or now - reached_at > AWAY_SECONDS:
-            return _Outcome("away", seen, now)
-        stop.wait(POLL_SECONDS)
 
 
 def _serves(version: Version) -> Shows:
