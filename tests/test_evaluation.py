@@ -56,6 +56,46 @@ def test_a_json_object_is_scored_by_its_fields(wanted: str, text: str, score: fl
     assert (answer.score, answer.correct) == (score, correct)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "text", "f1"),
+    [
+        ("Rubio watch", "rubio  watch.", 1.0),
+        ("a red watch", "a blue watch", 2 / 3),
+        ("red red watch", "red watch", 0.8),
+        ("watch", "", 0.0),
+        ("watch", "...", 0.0),
+        ("...", "...", 1.0),
+        ("红色手表", "红手表", 6 / 7),
+        ("3.5 cm", "3.5 cm", 1.0),
+    ],
+)
+def test_token_f1_is_the_overlap_of_words(wanted: str, text: str, f1: float) -> None:
+    assert Answer(example(wanted), text, "m").token_f1 == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    "text", ["I'm sorry, but I can't help.", "I cannot tell.", "I can\u2019t see it", "As an AI model", "抱歉, 我无法回答", " I am unable to say"]
+)
+def test_refusals_and_empty_answers_are_told_apart_from_wrong_ones(text: str) -> None:
+    assert Answer(example("a watch"), text, "m").refusal and not Answer(example("a watch"), text, "m").empty
+    assert not Answer(example("I'm sorry, we do not sell that."), text, "m").refusal  # what was wanted
+
+
+@pytest.mark.parametrize("text", ["a watch", "Sorry Sally brand", "I can see a watch", "Unfortunate brand", ""])
+def test_what_is_no_refusal(text: str) -> None:
+    assert not Answer(example("a watch"), text, "m").refusal
+    assert Answer(example("a watch"), text, "m").empty == (text == "")
+
+
+def test_parts_and_seconds() -> None:
+    rows = [("name", "seen", 0.1), ("name", "new", 0.4), ("seen", "seen", 0.2), ("", "", 0.3)]
+    result = Evaluation(tuple(Answer(example("a", kind, part), "a", "m", seconds) for kind, part, seconds in rows))
+    assert result.parts == ("images=0", "name", "new", "seen")
+    assert result.answers[2].parts == ("seen", "images=0")  # a kind and a slice of one name are one part
+    assert (result.indices("seen"), result.indices("images=0"), result.indices("none")) == ([0, 2], [0, 1, 2, 3], [])
+    assert (result.seconds(50), result.seconds(95), result.seconds(0)) == (0.2, 0.4, 0.1)
+
+
 def test_fields_count_per_kind_and_overall() -> None:
     answers = (Answer(example(WANTED, "json"), '{"brand": "Rubio"}', "m"), Answer(example("a", "name"), "a", "m"))
     result = Evaluation(answers)

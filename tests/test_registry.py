@@ -1,5 +1,6 @@
 """The registry against MLflow's real store (SQLite in a file, no server), and metrics while MLflow is away."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from pipeline.errors import RegistryError
 from pipeline.project import Project
 from pipeline.registry import Deployment, Registry, Trace, TrainingRun, Version, flat
 from pipeline.switch import Disabled
-from pipeline.version import ARTIFACT_FOLDER, DISABLED_TAG, disabled_tag
+from pipeline.version import ARTIFACT_FOLDER, DISABLED_TAG, TRIAL, disabled_tag
 from tests.conftest import write_adapter
 
 EXTRA = {"recipe.yaml": "name: shop\n", "swift_args.json": "{}"}
@@ -82,6 +83,36 @@ def test_a_canary_is_an_alias_and_a_share_on_its_version(registry: Registry, tmp
     registry.record_previous(first, None)
     registry.record_previous(second, "1")
     assert [registry.version("bags", number).previous for number in ("1", "2")] == ["none", "1"]
+
+
+def test_a_trial_is_an_alias_that_goes_again(registry: Registry, tmp_path: Path) -> None:
+    version = register(registry, tmp_path / "a", "trial")
+    registry.put_on_trial("trial", version.version)
+    assert registry.client.get_registered_model("trial").aliases == {TRIAL: version.version}
+    assert registry.deployment("trial") == Deployment("trial", None, None, {})
+    registry.put_on_trial("trial", None)
+    registry.put_on_trial("trial", None)  # a trial that failed before it began takes it away too
+    assert registry.client.get_registered_model("trial").aliases == {}
+
+
+def test_an_evaluation_is_a_run_of_its_own(registry: Registry, tmp_path: Path) -> None:
+    version = register(registry, tmp_path / "a", "scored")
+    assert registry.recipe(version) == EXTRA["recipe.yaml"]
+    metrics = {"score": 0.5, "score.images=1": math.nan, **{f"part.{number}": 1.0 for number in range(250)}}
+    run_id = registry.log_evaluation(version, {"decision": "keep"}, metrics, {"answers.jsonl": "{}\n"})
+    run = registry.client.get_run(run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "evaluate scored/1")
+    assert run.data.tags["tuneserve.evaluated"] == "scored/1" and run.data.tags["tuneserve.decision"] == "keep"
+    assert run.data.metrics["score"] == 0.5 and len(run.data.metrics) == 251
+    assert [entry.path for entry in registry.client.list_artifacts(run_id)] == ["answers.jsonl"]
+    assert registry.unfinished("scored", "i") == [] and registry.trained("scored", "i") == version
+
+
+def test_a_version_without_a_recipe_says_what_to_do(registry: Registry, tmp_path: Path) -> None:
+    with registry.run("bare", {}, {}) as run:
+        version = registry.register("bare", run.run_id, read_adapter(write_adapter(tmp_path / "a")), {}, "base", "template", "i")
+    with pytest.raises(RegistryError, match="bare/1 has no recipe.yaml .*--recipe FILE"):
+        registry.recipe(version)
 
 
 def test_what_is_switched_off_is_on_record(registry: Registry, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pipeline import cli_serving
+from pipeline import cli_evaluation, cli_serving
 from pipeline.command import begin_journal, flow_servers, json_option, opened_project, recipe_argument, using_caches
 from pipeline.errors import Fault, InvalidInput, TuneserveError
 from pipeline.journal import failure_fields
@@ -36,7 +36,7 @@ def cli() -> None:
     """Fine-tune GLM-4.5V with LoRA, register the adapter, and promote it into running vLLM servers without merging weights."""
 
 
-for command in cli_serving.COMMANDS:
+for command in (*cli_evaluation.COMMANDS, *cli_serving.COMMANDS):
     cli.add_command(command)
 
 

@@ -16,10 +16,11 @@ from pipeline.command import begin_journal, flow_servers, json_option, opened_pr
 from pipeline.errors import Fault, InvalidInput, RegistryError
 
 if TYPE_CHECKING:
+    from pipeline.convergence import Reach
     from pipeline.fleet import Fleet
     from pipeline.fleet_status import FleetStatus, ReplicaReport
     from pipeline.project import Project
-    from pipeline.promotion import Promotion, Reach
+    from pipeline.promotion import Promotion
     from pipeline.recipe import ServingRecipe
     from pipeline.registry import Registry
     from pipeline.serving.wanted import Wanted
@@ -58,11 +59,11 @@ def promote(adapter: str, canary: str | None, wait: bool, recipe_path: Path | No
     Replicas: --replica, else --serving, else every running server of this project that follows NAME. Those that cannot be reached are reported: they look at
     the registry before they are ready. A promotion ends the model's canary.
     """
-    name, version = _adapter(adapter)
+    name, version = adapter_of(adapter)
     percent = _percent(canary) if canary is not None else None
     if percent is not None and not wait:
         raise InvalidInput([Fault("--no-wait", "", "a canary is always waited for; leave --no-wait or --canary out")])
-    recipe, urls = _chosen(recipe_path, replica_urls)
+    recipe, urls = chosen_replicas(recipe_path, replica_urls)
     with opened_project() as project, flow_servers(project) as (mlflow_uri, _):
         from flows.promote import promote as flow
         from pipeline.fleet import addresses_of
@@ -80,9 +81,9 @@ def promote(adapter: str, canary: str | None, wait: bool, recipe_path: Path | No
 @json_option
 def rollback(name: str, to: str | None, wait: bool, recipe_path: Path | None, replica_urls: tuple[str, ...], as_json: bool) -> None:
     """Make the champion before the one of now champion again; as `promote`. Called twice it goes further back. Works while NAME is switched off, too."""
-    _adapter(name, versioned=False)
-    name, version = _adapter(f"{name}/{to}" if to is not None else name)
-    recipe, urls = _chosen(recipe_path, replica_urls)
+    adapter_of(name, versioned=False)
+    name, version = adapter_of(f"{name}/{to}" if to is not None else name)
+    recipe, urls = chosen_replicas(recipe_path, replica_urls)
     with opened_project() as project, flow_servers(project) as (mlflow_uri, _):
         from flows.promote import rollback as flow
         from pipeline.fleet import addresses_of
@@ -101,7 +102,7 @@ def canary(name: str, share: str, recipe_path: Path | None, replica_urls: tuple[
 
     Start one: tuneserve promote NAME/VERSION --canary 10%.
     """
-    name, _ = _adapter(name, versioned=False)
+    name, _ = adapter_of(name, versioned=False)
     percent = None if share == "end" else _percent(share)
 
     def change(registry: "Registry", fleet: "Fleet", lock: Path) -> None:
@@ -131,7 +132,7 @@ def disable(adapter: str, reason: str, recipe_path: Path | None, replica_urls: t
     """
     from pipeline.switch import switched_off_now
 
-    name, version = _adapter(adapter)
+    name, version = adapter_of(adapter)
     switched_off_now(reason)  # a wrong reason is said before any server starts
 
     def change(registry: "Registry", fleet: "Fleet", lock: Path) -> None:
@@ -150,7 +151,7 @@ def disable(adapter: str, reason: str, recipe_path: Path | None, replica_urls: t
 @json_option
 def enable(adapter: str, recipe_path: Path | None, replica_urls: tuple[str, ...], as_json: bool) -> None:
     """Switch a name, or a version, on that was switched off; returns once every ready replica shows it."""
-    name, version = _adapter(adapter)
+    name, version = adapter_of(adapter)
 
     def change(registry: "Registry", fleet: "Fleet", lock: Path) -> None:
         from pipeline import promotion
@@ -174,8 +175,8 @@ def status(names: tuple[str, ...], recipe_path: Path | None, replica_urls: tuple
     from pipeline.project import find_project
 
     for name in names:
-        _adapter(name, versioned=False)
-    recipe, urls = _chosen(recipe_path, replica_urls)
+        adapter_of(name, versioned=False)
+    recipe, urls = chosen_replicas(recipe_path, replica_urls)
     project = find_project()
     project.use_environment()
     if project.state.is_dir():
@@ -194,7 +195,7 @@ def status(names: tuple[str, ...], recipe_path: Path | None, replica_urls: tuple
 COMMANDS = (promote, canary, rollback, disable, enable, status)
 
 
-def _adapter(text: str, *, versioned: bool = True) -> tuple[str, str | None]:
+def adapter_of(text: str, *, versioned: bool = True) -> tuple[str, str | None]:
     """NAME and VERSION of `NAME[/VERSION]`."""
     name, slash, version = text.partition("/")
     if not name or (slash and not (versioned and version.isascii() and version.isdecimal())):
@@ -212,7 +213,7 @@ def _percent(text: str) -> float:
     return percent
 
 
-def _chosen(recipe_path: Path | None, urls: Sequence[str]) -> "tuple[ServingRecipe | None, list[str]]":
+def chosen_replicas(recipe_path: Path | None, urls: Sequence[str]) -> "tuple[ServingRecipe | None, list[str]]":
     """The recipe and the addresses that a command was given, checked."""
     from pydantic import TypeAdapter, ValidationError
 
@@ -235,7 +236,7 @@ def _unreachable_fails(recipe: "ServingRecipe | None") -> bool:
 
 def _change(name: str, recipe_path: Path | None, urls: Sequence[str], change: "Callable[[Registry, Fleet, Path], None]") -> None:
     """Runs `change` with the registry, the replicas and the file that holds back other changes; needs no Prefect."""
-    recipe, checked = _chosen(recipe_path, urls)
+    recipe, checked = chosen_replicas(recipe_path, urls)
     from pipeline import services
     from pipeline.progress import progress
 

@@ -8,7 +8,8 @@ from typing import Literal
 
 from pipeline.errors import ServingError
 from pipeline.fleet import Fleet, Look, look
-from pipeline.serving.client import Replica, ServedModel
+from pipeline.registry import Version, label_of
+from pipeline.serving.client import Replica, ServedModel, ServedVersion
 
 WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.2
@@ -124,3 +125,14 @@ def _follow(replica: Replica, change: Change, deadline: float, stop: threading.E
         elif over or (seen.state == "not-ready" and not patient) or now - reached_at > AWAY_SECONDS:
             return Outcome("away", seen, now)
         stop.wait(POLL_SECONDS)
+
+
+def why_not(model: ServedModel, version: Version, wanted: ServedVersion | None) -> str:
+    """Why a replica that says this of the model does not serve `version` yet; `wanted`: what it says that the registry wants."""
+    if refusal := model.refusal(version.version, version.digest):
+        return f"{refusal.message or 'refused'} ({refusal.code or 'no code'})"
+    if model.error:
+        return model.error
+    if wanted and wanted.key != (version.version, version.digest):
+        return f"its registry says {label_of(version.name, wanted.version)}: someone moved the alias, or it follows another MLflow"
+    return "it gives no reason; look at its log"

@@ -2,9 +2,13 @@
 
 import asyncio
 import base64
+import collections
 import json
+import math
 import mimetypes
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +22,25 @@ from pipeline.progress import Report
 CONCURRENCY = 16
 MAX_TOKENS = 128
 """Of an answer; a longer one is cut, and so wrong."""
+ANSWER_SECONDS = 300.0
+"""For one answer, waiting in the server's queue included."""
+RETRIES = 5
+"""Of one question, by the client library, waiting longer each time: connection errors, timeouts, 408, 409, 429 and 5xx."""
+REFUSAL = re.compile(
+    r"\s*(i['\u2019]m sorry|i am sorry|sorry,|i (can|could)(not\b|['\u2019]t\b| not\b)|i(['\u2019]m| am) (unable|not able) to|as an ai\b|unfortunately, i\b|对不起|抱歉|我无法|我不能)",
+    re.IGNORECASE,
+)
+"""How a model begins that does not answer; GLM-4.5V speaks English and Chinese."""
 
 
 @dataclass(frozen=True)
 class Answer:
+    """`model` is the version that answered, as the server names it; `seconds` from the request to the whole answer."""
+
     example: Example
     text: str
     model: str
-    """The version that answered, as the server names it."""
+    seconds: float = 0.0
 
     @property
     def correct(self) -> bool:
@@ -38,26 +53,81 @@ class Answer:
         wanted = _json_object(self.example.answer)
         return _field_accuracy(wanted, _json_object(self.text)) if wanted else float(self.correct)
 
+    @property
+    def token_f1(self) -> float:
+        """0 to 1: overlap of the words of both (SQuAD, arXiv 1606.05250), in lower case and without punctuation; a Chinese character counts as a word."""
+        given, wanted = (collections.Counter(_words(text)) for text in (self.text, self.example.answer))
+        if not given or not wanted:
+            return float(self.correct)
+        same = (given & wanted).total()
+        return 2 * same / (given.total() + wanted.total())
+
+    @property
+    def empty(self) -> bool:
+        return not self.text.strip()
+
+    @property
+    def refusal(self) -> bool:
+        """It begins as one who does not answer, and that was not what was wanted."""
+        return bool(REFUSAL.match(self.text)) and not REFUSAL.match(self.example.answer)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the held-out rows are split into, and this is part of: the row's kind, its slice, and its number of images."""
+        example = self.example
+        return (*dict.fromkeys(filter(None, (example.kind, example.slice))), f"images={len(example.images)}")
+
+
+METRICS: Mapping[str, Callable[[Answer], float]] = {
+    "score": lambda answer: answer.score,
+    "exact_match": lambda answer: float(answer.correct),
+    "token_f1": lambda answer: answer.token_f1,
+}
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All answers of one served name; every figure is a mean over answers, 0 to 1."""
+    """All answers of one served name, in the order of the examples; every figure but seconds is a mean over answers, 0 to 1."""
 
     answers: tuple[Answer, ...]
 
     @property
     def exact_match(self) -> float:
         """The share of answers that match exactly; one wrong field makes a JSON answer wrong."""
-        return sum(answer.correct for answer in self.answers) / len(self.answers)
+        return self.mean("exact_match")
 
     @property
     def score(self) -> float:
-        return _mean_score(self.answers)
+        return self.mean("score")
 
-    def by(self, attribute: str) -> dict[str, float]:
-        """The score per `kind` or per `slice`."""
+    def mean(self, metric: str) -> float:
+        return _mean(self.answers, metric)
+
+    def by(self, attribute: str, metric: str = "score") -> dict[str, float]:
+        """The mean per `kind` or per `slice`."""
         values = sorted({getattr(answer.example, attribute) for answer in self.answers} - {""})
-        return {value: _mean_score([answer for answer in self.answers if getattr(answer.example, attribute) == value]) for value in values}
+        return {value: _mean([answer for answer in self.answers if getattr(answer.example, attribute) == value], metric) for value in values}
+
+    def indices(self, part: str) -> list[int]:
+        """Where the answers stand that are of that part (`Answer.parts`)."""
+        return [index for index, answer in enumerate(self.answers) if part in answer.parts]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(sorted({part for answer in self.answers for part in answer.parts}))
+
+    @property
+    def refusal_rate(self) -> float:
+        return sum(answer.refusal for answer in self.answers) / len(self.answers)
+
+    @property
+    def empty_rate(self) -> float:
+        return sum(answer.empty for answer in self.answers) / len(self.answers)
+
+    def seconds(self, percentile: float) -> float:
+        """Of one answer, at the concurrency that they were asked with; nearest rank."""
+        ordered = sorted(answer.seconds for answer in self.answers)
+        return ordered[max(0, math.ceil(percentile / 100 * len(ordered)) - 1)]
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -65,8 +135,13 @@ class Evaluation:
         return tuple(sorted({answer.model for answer in self.answers}))
 
 
-def _mean_score(answers: Sequence[Answer]) -> float:
-    return sum(answer.score for answer in answers) / len(answers)
+def _mean(answers: Sequence[Answer], metric: str) -> float:
+    value = METRICS[metric]
+    return sum(map(value, answers)) / len(answers)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text.lower())
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -116,11 +191,12 @@ async def _ask_all(url: str, model: str, examples: Sequence[Example], report: Re
     gate = asyncio.Semaphore(CONCURRENCY)
     done = 0
 
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key) as client:
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=RETRIES, timeout=ANSWER_SECONDS) as client:
 
         async def ask(example: Example) -> Answer:
             nonlocal done
             async with gate:
+                began = time.monotonic()
                 try:
                     answer = await client.chat.completions.create(model=model, messages=openai_messages(example), max_tokens=MAX_TOKENS, temperature=0)  # type: ignore[arg-type]
                 except OpenAIError as error:
@@ -128,6 +204,6 @@ async def _ask_all(url: str, model: str, examples: Sequence[Example], report: Re
                     raise ServingError(f"{model} at {url} did not answer row {example.row} of {file} ({type(error).__name__})\n{error}") from error
             done += 1
             report(f"{done}/{len(examples)} answers", done / len(examples))
-            return Answer(example, answer.choices[0].message.content or "", answer.model)
+            return Answer(example, answer.choices[0].message.content or "", answer.model, time.monotonic() - began)
 
         return tuple(await asyncio.gather(*(ask(example) for example in examples)))

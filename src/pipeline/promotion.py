@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.convergence import WAIT_SECONDS, Change, Reach, Shows, look_first, spread
+from pipeline.convergence import WAIT_SECONDS, Change, Reach, Shows, look_first, spread, why_not
 from pipeline.errors import Fault, InvalidInput, RegistryError, ServingError
 from pipeline.fleet import Fleet
 from pipeline.journal import failure_fields
 from pipeline.process import locked
 from pipeline.project import Project
-from pipeline.registry import Deployment, Registry, Version
-from pipeline.serving.client import ServedModel, ServedVersion
+from pipeline.registry import Deployment, Registry, Version, label_of
+from pipeline.serving.client import ServedModel
 from pipeline.switch import Disabled, switched_off_now
 from pipeline.version import CANDIDATE, CHAMPION, DISABLED_TAG, disabled_tag
 
@@ -141,7 +141,7 @@ def disable(registry: Registry, name: str, version: str | None, reason: str, fle
     tag = DISABLED_TAG if version is None else disabled_tag(version, registry.version(name, version).digest)
     before = registry.deployment(name)
     registry.switch_off(name, tag, record)
-    label = _label(name, version)
+    label = label_of(name, version)
     logger.warning("switched off", extra={"model": name, "version": version, "by": record.by, "reason": record.reason})
 
     change = Change(name, CHAMPION, version or before.champion or "0", None, _switched(version, record), f"does not switch {label} off")
@@ -155,7 +155,7 @@ def enable(registry: Registry, name: str, version: str | None, fleet: Fleet, wai
     before = registry.deployment(name)
     tags = before.tags_of(version) if version else [DISABLED_TAG] if before.name_off else []
     registry.switch_on(name, tags)
-    label = _label(name, version)
+    label = label_of(name, version)
     logger.warning("switched on", extra={"model": name, "version": version})
 
     change = Change(name, CHAMPION, version or before.champion or "0", None, _switched(version, None), f"does not switch {label} on")
@@ -243,7 +243,7 @@ def _undone(error: BaseException, put_back: Callable[[], str], fleet: Fleet | No
 def _move_champion_back(registry: Registry, version: Version, previous: str | None) -> str:
     now = registry.champion_number(version.name)
     if now != version.version:
-        return f"Someone has moved the alias meanwhile, to {_label(version.name, now) if now else 'nothing'}; it is left so."
+        return f"Someone has moved the alias meanwhile, to {label_of(version.name, now) if now else 'nothing'}; it is left so."
     if previous == version.version:
         return "The alias is left as it was."
     registry.move_champion(version.name, previous)
@@ -259,7 +259,7 @@ def _move_candidate_back(registry: Registry, version: Version, previous: str | N
         registry.move_candidate(version.name, previous)
     registry.write_share(version.name, version.version, version.canary_percent)
     if now not in (version.version, previous):
-        return f"Someone has moved the candidate meanwhile, to {_label(version.name, now) if now else 'nothing'}; it is left so."
+        return f"Someone has moved the candidate meanwhile, to {label_of(version.name, now) if now else 'nothing'}; it is left so."
     logger.warning("alias moved back", extra={"model": version.name, "version": previous, "alias": CANDIDATE, "refused": version.version})
     return "The candidate and its share are back as they were."
 
@@ -271,10 +271,6 @@ def _stays(what: str) -> Iterator[None]:
         yield
     except ServingError as error:
         raise ServingError(f"{error}. {what} all the same; see who does not follow: tuneserve status") from error
-
-
-def _label(name: str, version: str | None) -> str:
-    return f"{name}/{version}" if version else name
 
 
 def _refuse_switched_off(before: Deployment, version: Version, *, allow_name: bool = False) -> None:
@@ -292,7 +288,7 @@ def _serves(version: Version) -> Shows:
             return "it does not follow that model; add it to `follow:` in its serving recipe"
         if model.live and model.live.key == (version.version, version.digest):
             return None
-        return _why_not(model, version, model.wanted)
+        return why_not(model, version, model.wanted)
 
     return shows
 
@@ -307,19 +303,9 @@ def _shares(version: Version, percent: float) -> Shows:
         if live and live.key == (version.version, version.digest):
             same = math.isclose(live.percent or 0.0, percent, abs_tol=1e-6)
             return None if same else f"its share there is {live.percent or 0.0:g} %, not {percent:g} %"
-        return _why_not(model, version, model.candidate.wanted if model.candidate else None)
+        return why_not(model, version, model.candidate.wanted if model.candidate else None)
 
     return shows
-
-
-def _why_not(model: ServedModel, version: Version, wanted: ServedVersion | None) -> str:
-    if refusal := model.refusal(version.version, version.digest):
-        return f"{refusal.message or 'refused'} ({refusal.code or 'no code'})"
-    if model.error:
-        return model.error
-    if wanted and wanted.key != (version.version, version.digest):
-        return f"its registry says {_label(version.name, wanted.version)}: someone moved the alias, or it follows another MLflow"
-    return "it gives no reason; look at its log"
 
 
 def _gives_no_share(model: ServedModel | None) -> str | None:

@@ -159,6 +159,27 @@ class Training(Section):
             yield "packing: needs attention: flash_attention_2 or flash_attention_3, else the rows packed together would see each other"
 
 
+class PromotionRules(Section):
+    """What a version must show on the recipe's held-out rows before it may become champion."""
+
+    metric: Literal["score", "exact_match", "token_f1"] = "score"
+    """score: exact match, but the share of right fields where the answer is a JSON object. token_f1: the overlap of words, for answers in free words."""
+    minimum_gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """How much better than the champion it must surely be: the lower end of the gain's interval must be above this. 0.02 is two points of a hundred."""
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    """Of that interval (paired bootstrap)."""
+    floor: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The least value of the metric that may be served at all; a model without a champion needs it."""
+    protect: tuple[str, ...] = ()
+    """Parts of the held-out rows that may not get worse: a `kind` or `slice` of the rows, or `images=2`."""
+    allowed_loss: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """By so much the mean over a protected part may fall."""
+    max_p95_seconds: Annotated[float, Field(gt=0)] | None = None
+    """95 of 100 answers must be there within this, asked 16 at a time."""
+    min_examples: Annotated[int, Field(ge=2)] = 20
+    """Fewer held-out rows decide nothing."""
+
+
 class FinetuneRecipe(Section):
     """One training run: what to train, on which rows, how, and the name it is registered and served under."""
 
@@ -174,6 +195,7 @@ class FinetuneRecipe(Section):
     training: Training = Training()
     dpo: Dpo | None = None
     """Settings of method: dpo."""
+    promotion: PromotionRules = PromotionRules()
 
     def broken_relations(self) -> Iterator[str]:
         if self.dpo is not None and self.method != "dpo":

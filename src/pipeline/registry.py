@@ -2,14 +2,17 @@
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, Param, RunTag
@@ -34,12 +37,14 @@ from pipeline.version import (
     RECIPE_TAG,
     TAG,
     TEMPLATE_DIGEST_TAG,
+    TRIAL,
     disabled_tag,
 )
 
 logger = logging.getLogger(__name__)
 EXPERIMENT = "tuneserve"
-EXTRA_FILES = ("swift_args.json", "recipe.yaml")
+RECIPE_FILE = "recipe.yaml"
+EXTRA_FILES = ("swift_args.json", RECIPE_FILE)
 """What a version holds beside the adapter itself; nothing else is ever logged."""
 AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 """MLflow's error codes when its server cannot be reached or fails; every other one is a refusal for good."""
@@ -50,6 +55,10 @@ RETRY_SECONDS = 2.0
 REGISTER_SECONDS = 600.0
 """How long a trained adapter waits for MLflow to come back."""
 FLUSH_SECONDS = 30.0
+
+
+def label_of(name: str, version: str | None) -> str:
+    return f"{name}/{version}" if version else name
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Version:
 
     @property
     def label(self) -> str:
-        return f"{self.name}/{self.version}"
+        return label_of(self.name, self.version)
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ class Registry:
         The run ends FINISHED with the block, FAILED if it raises, KILLED if it is interrupted.
         """
         with _translated(self.uri):
-            run_tags = {TAG + key: value for key, value in tags.items()}
+            run_tags = _tags(tags)
             if resume:
                 run_id, logged_steps = resume, self._reopen(resume, run_tags)
             else:
@@ -241,6 +250,28 @@ class Registry:
             raise RegistryError(f"{name}: no version is registered at {self.uri}; train one first: tuneserve train RECIPE")
         return _version(found[0])
 
+    def recipe(self, version: Version) -> str:
+        """The recipe that a version was trained by, as YAML with every default. Raises RegistryError if it has none."""
+        try:
+            with _translated(self.uri), tempfile.TemporaryDirectory() as folder:
+                return Path(self.client.download_artifacts(version.run_id, f"{ARTIFACT_FOLDER}/{RECIPE_FILE}", folder)).read_text("utf-8")
+        except (RegistryError, OSError) as error:
+            raise RegistryError(f"{version.label} has no {RECIPE_FILE} ({str(error).splitlines()[0]}); name a recipe: --recipe FILE") from error
+
+    def log_evaluation(self, version: Version, tags: Mapping[str, str], metrics: Mapping[str, float], files: Mapping[str, str]) -> str:
+        """A run of its own with what an evaluation of `version` came to; returns its id. NaN is left out."""
+        own = {"evaluated": version.label, "digest": version.digest}
+        with _translated(self.uri):
+            run_id = str(self.client.create_run(self._experiment_id(), run_name=f"evaluate {version.label}", tags=_tags(own | dict(tags))).info.run_id)
+            now_ms = int(time.time() * 1000)
+            finite = [Metric(key, value, now_ms, 0) for key, value in metrics.items() if math.isfinite(value)]
+            for start in range(0, len(finite), BATCH):
+                self.client.log_batch(run_id, metrics=finite[start : start + BATCH])
+            for file, text in files.items():
+                self.client.log_text(run_id, text, file)
+            self.client.set_terminated(run_id, "FINISHED")
+        return run_id
+
     def champion(self, name: str) -> Version | None:
         """The version under the alias `champion`, or None."""
         number = self.champion_number(name)
@@ -261,6 +292,10 @@ class Registry:
     def move_champion(self, name: str, version: str | None) -> None:
         """Points the alias at that version number; None takes the alias away."""
         self._move(name, CHAMPION, version)
+
+    def put_on_trial(self, name: str, version: str | None) -> None:
+        """The same for the alias of the version that is being evaluated."""
+        self._move(name, TRIAL, version)
 
     def move_candidate(self, name: str, version: str | None) -> None:
         """The same for the canary's alias."""
@@ -412,6 +447,10 @@ def _translated(uri: str) -> Iterator[None]:
     except MlflowException as error:
         remedy = "look there for what is registered" if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST) else "is it up?"
         raise RegistryError(f"MLflow at {uri}: {error.message}; {remedy}") from error
+
+
+def _tags(values: Mapping[str, str]) -> dict[str, str]:
+    return {TAG + key: value for key, value in values.items()}
 
 
 def _version(found: MlflowVersion) -> Version:

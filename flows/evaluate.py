@@ -1,0 +1,124 @@
+"""version -> on trial -> answers, beside the champion's and the base's -> decision, recorded. `tuneserve evaluate NAME[/VERSION]` runs it."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from pipeline import registry, trial
+from pipeline.assessment import BASE, FEW_SHOT, Assessment, assess
+from pipeline.dataset import load_dataset
+from pipeline.errors import ServingError
+from pipeline.evaluation import Evaluation
+from pipeline.evaluation import evaluate as ask
+from pipeline.example import Example
+from pipeline.fleet import Fleet, open_fleet
+from pipeline.in_context import with_shots
+from pipeline.progress import progress
+from pipeline.project import Project, find_project
+from pipeline.recipe import FinetuneRecipe, load_recipe
+from pipeline.registry import Registry, Version
+
+SHOTS = 3
+MAX_IMAGES = 4
+"""What a serving recipe allows a request by default."""
+
+
+def recipe_of(registered: Registry, version: Version, recipe_path: str | None) -> FinetuneRecipe:
+    """The recipe in that file, else the one that the version was trained by."""
+    if recipe_path is not None:
+        return load_recipe(Path(recipe_path), FinetuneRecipe)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(registered.recipe(version), "utf-8")
+        return load_recipe(path, FinetuneRecipe)
+
+
+def replica_of(fleet: Fleet, name: str) -> tuple[str, str]:
+    """The replica that is asked, the first ready one that follows `name`, and what its base is called."""
+    for look in fleet.looks():
+        if look.state == "ready" and look.status and name in look.status.models and look.status.base_models:
+            return look.url, look.status.base_models[0]
+    raise ServingError(f"no ready replica follows {name}; start one: tuneserve serve RECIPE, or name it: --replica URL")
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="ask {name}")
+def answers_of(url: str, name: str, questions: Sequence[Example], file: str) -> Evaluation:
+    """Raises ServingError if another model answered, be it for one question."""
+    with progress(f"asking {name}") as report:
+        found = ask(url, name, questions, report, file=file)
+    if strangers := [model for model in found.models if model.partition("@")[0] != name]:
+        raise ServingError(f"{url} answered as {', '.join(strangers)} when asked for {name}; look at its log")
+    return found
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="record {found.version}")
+def record(registered: Registry, version: Version, found: Assessment) -> Assessment:
+    tags = {
+        "champion": found.champion or "none",
+        "decision": found.decision.verdict,
+        "reasons": found.decision.text[:4000],
+        "dataset_digest": found.dataset_digest,
+    }
+    files = {"answers.jsonl": found.table(), "assessment.json": json.dumps(found.as_dict(), indent=2), "assessment.md": found.markdown()}
+    create_markdown_artifact(found.markdown(), key="assessment", description=f"{found.version}: {found.decision.verdict}")
+    return replace(found, run_id=registered.log_evaluation(version, tags, found.metrics(), files))
+
+
+@flow(name="evaluate", flow_run_name="evaluate {name}/{version}", persist_result=False)
+def evaluate(
+    name: str,
+    version: str | None = None,
+    replicas: list[str] | None = None,
+    *,
+    recipe_path: str | None = None,
+    baselines: bool = False,
+    limit: int | None = None,
+) -> Assessment:
+    """Scores a version (None: the newest) on its recipe's held-out rows, or on `limit` of them, and decides what the recipe's rules say of it."""
+    project = find_project()
+    registered = Registry(registry.tracking_uri())
+    chosen = registered.version(name, version)
+    recipe = recipe_of(registered, chosen, recipe_path)
+    rows = load_dataset(recipe.dataset, project)
+    questions = every_nth(rows.eval, limit)
+    with open_fleet(project, replicas) as fleet, trial.on_trial(registered, chosen, fleet, trial.lock_file(project, name)):
+        found = assessed(registered, chosen, recipe, replica_of(fleet, name), questions, rows.train if baselines else None, project)
+    return record(registered, chosen, replace(found, dataset_digest=rows.digest))
+
+
+def assessed(
+    registered: Registry,
+    version: Version,
+    recipe: FinetuneRecipe,
+    replica: tuple[str, str],
+    questions: Sequence[Example],
+    train: Sequence[Example] | None,
+    project: Project,
+) -> Assessment:
+    """The version's answers against the champion's and the base's; with `train`, also against the base's that has seen a few of these rows in its prompt."""
+    url, base = replica
+    file = project.relative(project.resolve(recipe.dataset.eval))
+    own = answers_of(url, version.label, questions, file)
+    champion = registered.champion(version.name)
+    same = champion is not None and champion.digest == version.digest
+    its_answers = own if same else answers_of(url, champion.label, questions, file) if champion else None
+    others = {BASE: answers_of(url, base, questions, file)}
+    if train is not None:
+        shown = [with_shots(question, train, SHOTS, MAX_IMAGES) for question in questions]
+        answered = answers_of(url, base, shown, file)
+        own_examples = zip(answered.answers, questions, strict=True)
+        others[FEW_SHOT] = Evaluation(tuple(replace(answer, example=question) for answer, question in own_examples))
+    return assess(version.label, own, (champion.label, its_answers) if champion and its_answers else None, others, recipe.promotion, same_digest=same)
+
+
+def every_nth(questions: Sequence[Example], limit: int | None) -> Sequence[Example]:
+    """All, or `limit` of them, evenly spread."""
+    if limit is None or limit >= len(questions):
+        return questions
+    return [questions[index * len(questions) // limit] for index in range(limit)]

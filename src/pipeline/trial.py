@@ -1,0 +1,43 @@
+"""A version on trial: callable as name/version on every ready replica, without a share of the name's requests, while it is evaluated."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.convergence import WAIT_SECONDS, Change, Reach, look_first, spread, why_not
+from pipeline.fleet import Fleet
+from pipeline.process import locked
+from pipeline.project import Project
+from pipeline.registry import Registry, Version
+from pipeline.serving.client import ServedModel
+from pipeline.version import TRIAL
+
+
+def lock_file(project: Project, name: str) -> Path:
+    """Held while a version of the model is on trial: there is one alias for it."""
+    return project.services / f"trial-{name}.lock"
+
+
+@contextlib.contextmanager
+def on_trial(registry: Registry, version: Version, fleet: Fleet, lock: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[Reach]:
+    """Waits for other trials of the model, then until every ready replica serves `version`, verified. A killed trial leaves the alias; the next one moves it.
+
+    Raises ServingError, with the replica's reason, if one does not.
+    """
+
+    def shows(model: ServedModel | None) -> str | None:
+        if model is None:
+            return "it does not follow that model; add it to `follow:` in its serving recipe"
+        if any((entry.version, entry.digest) == (version.version, version.digest) and entry.verified for entry in model.versions):
+            return None
+        return why_not(model, version, None)
+
+    with locked(lock):
+        looks = look_first(fleet, version.name)
+        change = Change(version.name, TRIAL, version.version, version.digest, shows, f"does not serve {version.label}")
+        try:
+            registry.put_on_trial(version.name, version.version)
+            yield spread(fleet, looks, change, wait_seconds)
+        finally:
+            registry.put_on_trial(version.name, None)
+            fleet.hint(version.name, TRIAL, version.version)

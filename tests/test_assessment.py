@@ -1,0 +1,64 @@
+"""What an evaluation came to: compared, decided, and told as figures, table and text."""
+
+import json
+from pathlib import Path
+
+from pipeline.assessment import BASE, CHAMPION, assess
+from pipeline.evaluation import Answer, Evaluation
+from pipeline.example import Example
+from pipeline.recipe import PromotionRules
+from tests.conftest import write_image
+
+RULES = PromotionRules(protect=("name",), floor=0.1)
+
+
+def answers(texts: list[str], images: tuple[Path, ...] = (), model: str = "shop/2@bbbbbbbb") -> Evaluation:
+    def example(row: int) -> Example:
+        return Example(
+            ({"role": "user", "content": f"<image>What is `{row}`?"}, {"role": "assistant", "content": "a watch"}),
+            images,
+            "name" if row % 2 else "use",
+            row=row,
+        )
+
+    return Evaluation(tuple(Answer(example(row), text, model, 0.01 * row) for row, text in enumerate(texts)))
+
+
+RIGHT, WRONG = "a watch", "a <b>tote</b>"
+
+
+def test_better_than_champion_and_base(tmp_path: Path) -> None:
+    images = (write_image(tmp_path / "1.png"),)
+    own = answers([RIGHT] * 38 + [WRONG] * 2, images)
+    champion = answers([RIGHT, WRONG] * 20, images, "shop/1@aaaaaaaa")
+    found = assess("shop/2", own, ("shop/1", champion), {BASE: answers([WRONG] * 40, images, "glm-4.5v")}, RULES, dataset_digest="d")
+    assert found.decision.verdict == "promote"
+    said = found.as_dict()
+    assert said["scores"]["shop/2"]["score"] == 0.95 and said["scores"]["shop/1"]["score"] == 0.5 and said["scores"]["base"]["score"] == 0.0
+    assert said["parts"]["use"] == {"shop/2": 0.95, "shop/1": 1.0, "base": 0.0}
+    assert [each["part"] for each in said["against"]["shop/1"]] == ["", "images=1", "name", "use"]
+    assert said["decision"]["reasons"][0]["code"] == "better"
+    assert json.loads(json.dumps(said)) == said
+    assert found.metrics()["gain_over_champion"] == 0.45 and found.metrics()["score.images-1"] == 0.95
+    rows = [json.loads(line) for line in found.table().splitlines()]
+    assert len(rows) == 40 and rows[39]["wanted"] == RIGHT
+    assert (rows[38]["version"]["text"], rows[38][CHAMPION]["score"], rows[38]["base"]["model"]) == (WRONG, 1.0, "glm-4.5v")
+    assert any("shop/1" in line and "50.0%" in line for line in found.lines()) and found.lines()[-1].startswith("decision: promote")
+
+
+def test_the_report_shows_the_worst_regressions_with_pictures_and_no_markup_of_theirs(tmp_path: Path) -> None:
+    images = (write_image(tmp_path / "1.png"),)
+    found = assess("shop/2", answers([WRONG] * 40, images), ("shop/1", answers([RIGHT] * 40, images)), {}, RULES)
+    text = found.markdown()
+    assert text.startswith("**refuse** shop/2") and "part-worse" in text
+    assert text.count("<img src='data:image/png;base64,") == 5
+    assert "<b>" not in text and "&lt;b&gt;tote" in text
+
+
+def test_the_first_version_and_the_same_one_again() -> None:
+    own = answers([RIGHT] * 40)
+    assert assess("shop/1", own, None, {}, RULES).decision.verdict == "promote"
+    again = assess("shop/2", own, ("shop/1", own), {}, RULES, same_digest=True)
+    assert (again.decision.verdict, again.decision.reasons[0].code) == ("keep", "same-adapter")
+    assert assess("shop/2", own, ("shop/1", own), {}, RULES).decision.reasons[0].code == "no-gain"
+    assert assess("shop/2", own, ("shop/1", answers([WRONG] * 40)), {}, RULES, faithful_fault="token 7").decision.verdict == "refuse"
