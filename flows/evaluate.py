@@ -83,13 +83,27 @@ def evaluate(
     """Scores a version (None: the newest) on its recipe's held-out rows, or on `limit` of them, and decides what the recipe's rules say of it."""
     project = find_project()
     registered = Registry(registry.tracking_uri())
-    chosen = registered.version(name, version)
-    recipe = recipe_of(registered, chosen, recipe_path)
+    with open_fleet(project, replicas) as fleet:
+        return examine(registered, registered.version(name, version), fleet, project, recipe_path=recipe_path, baselines=baselines, limit=limit)
+
+
+def examine(
+    registered: Registry,
+    version: Version,
+    fleet: Fleet,
+    project: Project,
+    *,
+    recipe_path: str | None = None,
+    baselines: bool = False,
+    limit: int | None = None,
+) -> Assessment:
+    """Puts a version on trial, asks it, the champion and the base, decides, and records all of it. Raises ServingError if a replica does not serve it."""
+    recipe = recipe_of(registered, version, recipe_path)
     rows = load_dataset(recipe.dataset, project)
     questions = every_nth(rows.eval, limit)
-    with open_fleet(project, replicas) as fleet, trial.on_trial(registered, chosen, fleet, trial.lock_file(project, name)):
-        found = assessed(registered, chosen, recipe, replica_of(fleet, name), questions, rows.train if baselines else None, project)
-    return record(registered, chosen, replace(found, dataset_digest=rows.digest))
+    with trial.on_trial(registered, version, fleet, trial.lock_file(project, version.name)):
+        found = assessed(registered, version, recipe, replica_of(fleet, version.name), questions, rows.train if baselines else None, project)
+    return record(registered, version, replace(found, dataset_digest=rows.digest))
 
 
 def assessed(

@@ -59,7 +59,7 @@ def quickstart(project: Project, finetune_recipe: Path, serving_recipe: Path, se
             version = finetune(str(project.resolve(finetune_recipe)), force=True).version  # the main job is shown whole, at every call
         with _timed(seconds, "promotion"):
             if move_alias:
-                promote(version.name, version.version, [up.url])
+                promote(version.name, version.version, [up.url], force=True)  # it is asked all questions below, and shown at every call
         with _timed(seconds, "evaluation"):
             questions = dataset.read_examples(project.resolve(recipe.dataset.eval), project, recipe.dataset.max_bad_rows)
             with progress("asking the base") as report:

@@ -14,6 +14,7 @@ import pytest
 from pipeline import convergence, promotion
 from pipeline.errors import InvalidInput, RegistryError, ServingError
 from pipeline.fleet import Fleet
+from pipeline.history import Grounds, history
 from pipeline.promotion import Promotion, disable, enable, end_canary, promote, rollback_target, set_canary, start_canary
 from pipeline.registry import Deployment, Version
 from pipeline.switch import Disabled
@@ -36,6 +37,17 @@ class FakeRegistry:
     off: dict[str, Disabled] = field(default_factory=dict)
     calls: list[tuple[str, object]] = field(default_factory=list)
     down: bool = False
+    entries_: list[tuple[str, float, dict[str, str]]] = field(default_factory=list)
+
+    def entries(self, name: str) -> list[tuple[str, float, dict[str, str]]]:
+        return self.entries_[::-1]
+
+    def open_entry(self, name: str, label: str, tags: dict[str, str]) -> str:
+        self.entries_.append((str(len(self.entries_)), float(len(self.entries_)), dict(tags)))
+        return self.entries_[-1][0]
+
+    def close_entry(self, entry: str, tags: dict[str, str]) -> None:
+        self.entries_[int(entry)][2].update(tags)
 
     def _record(self, *call: object) -> None:
         if self.down:
@@ -492,3 +504,32 @@ def test_a_version_that_was_made_again_under_its_number_is_switched_on_with_it(w
     world.registry.off = {tag: Disabled("x") for tag in [*tags, disabled_tag("22", "ff" * 32), DISABLED_TAG]}
     enable(world.registry, "shop", "2", world.fleet())
     assert sorted(world.registry.off) == sorted([disabled_tag("22", "ff" * 32), DISABLED_TAG])
+
+
+def test_what_became_of_each_version_is_on_record(world: Any) -> None:
+    world.add(A)
+    world.promote("2")
+    world.rollback()
+    world.registry.now = "3"
+    promotion.decline(world.registry, world.registry.version("shop", "2"), world.lock, "kept", Grounds("me", "a tie"))
+    world.add(B, refuses=("2",))
+    with pytest.raises(ServingError, match="rank 64 > 16"):
+        world.promote("2")
+    told = [(entry.action, entry.version, entry.before, entry.after) for entry in history(world.registry, "shop")[::-1]]
+    assert told == [
+        ("moved-outside", "1", None, "1"),
+        ("promoted", "2", "1", "2"),
+        ("rolled-back", "1", "2", "1"),
+        ("moved-outside", "3", "1", "3"),
+        ("kept", "2", "3", "3"),
+        ("failed", "2", "3", "3"),
+    ]
+
+
+def test_a_version_that_was_compared_with_another_champion_is_not_promoted(world: Any) -> None:
+    world.add(A)
+    with pytest.raises(ServingError, match="compared with the champion none, which is shop/1 by now; promote it again"):
+        promote(world.registry, world.registry.version("shop", "2"), world.fleet(), world.lock, 1.0, instead_of=None)
+    assert world.registry.now == "1" and not world.registry.calls
+    promote(world.registry, world.registry.version("shop", "2"), world.fleet(), world.lock, 1.0, instead_of="1")
+    assert world.registry.now == "2"

@@ -13,6 +13,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from pipeline import disk
 from pipeline.adapter import read_adapter
 from pipeline.errors import RegistryError
+from pipeline.history import history
 from pipeline.project import Project
 from pipeline.registry import Deployment, Registry, Trace, TrainingRun, Version, flat
 from pipeline.switch import Disabled
@@ -88,7 +89,7 @@ def test_a_canary_is_an_alias_and_a_share_on_its_version(registry: Registry, tmp
 def test_a_trial_is_an_alias_that_goes_again(registry: Registry, tmp_path: Path) -> None:
     version = register(registry, tmp_path / "a", "trial")
     registry.put_on_trial("trial", version.version)
-    assert registry.client.get_registered_model("trial").aliases == {TRIAL: version.version}
+    assert registry.client.get_registered_model("trial").aliases == {TRIAL: int(version.version)}
     assert registry.deployment("trial") == Deployment("trial", None, None, {})
     registry.put_on_trial("trial", None)
     registry.put_on_trial("trial", None)  # a trial that failed before it began takes it away too
@@ -106,6 +107,21 @@ def test_an_evaluation_is_a_run_of_its_own(registry: Registry, tmp_path: Path) -
     assert run.data.metrics["score"] == 0.5 and len(run.data.metrics) == 251
     assert [entry.path for entry in registry.client.list_artifacts(run_id)] == ["answers.jsonl"]
     assert registry.unfinished("scored", "i") == [] and registry.trained("scored", "i") == version
+
+
+def test_history_is_kept_newest_first(registry: Registry) -> None:
+    first = registry.open_entry("told", "promoted told/1", {"action": "promoted", "version": "1", "before": "none", "after": "none", "state": "open"})
+    second = registry.open_entry("told", "kept told/2", {"action": "kept", "version": "2", "before": "1", "after": "1"})
+    registry.open_entry("others", "promoted others/1", {"action": "promoted"})
+    assert [entry.open for entry in history(registry, "told")] == [False, True]
+    registry.close_entry(first, {"state": "closed", "after": "1", "reasons": "x" * 4000})
+    found = history(registry, "told")
+    assert [(entry.id, entry.action, entry.before, entry.after, entry.open) for entry in found] == [
+        (second, "kept", "1", "1", False),
+        (first, "promoted", None, "1", False),
+    ]
+    assert found[1].grounds.reasons == "x" * 4000 and found[0].at >= found[1].at > 1e9
+    assert history(registry, "never") == []
 
 
 def test_a_version_without_a_recipe_says_what_to_do(registry: Registry, tmp_path: Path) -> None:

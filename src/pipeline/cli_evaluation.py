@@ -1,22 +1,17 @@
-"""The command that measures a version: evaluate. cli.py holds the others, and what they promise."""
+"""The commands about how good a version is, and what became of it: evaluate, history. cli.py holds the others, and what they promise."""
 
 import json
 from pathlib import Path
 
 import click
 
-from pipeline.cli_serving import adapter_of, chosen_replicas, fleet_options
+from pipeline.cli_serving import adapter_of, chosen_replicas, finetune_option, fleet_options
 from pipeline.command import flow_servers, json_option, opened_project
 
 
 @click.command(short_help="Score a version against the champion and the base.")
 @click.argument("adapter", metavar="NAME[/VERSION]")
-@click.option(
-    "--recipe",
-    "finetune_path",
-    type=click.Path(path_type=Path),
-    help="Whose held-out rows and `promotion:` rules to use; default: the recipe that it was trained by.",
-)
+@finetune_option
 @click.option("--baselines", is_flag=True, help="Also score the base with a few training rows in its prompt: what a prompt alone buys.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask only N of the held-out rows, evenly spread.")
 @fleet_options
@@ -48,4 +43,23 @@ def evaluate(
     click.echo(f"every answer: run {found.run_id} in MLflow at {mlflow_uri}")
 
 
-COMMANDS = (evaluate,)
+@click.command(short_help="Who moved the champion, when and why.")
+@click.argument("name")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="The newest N entries.")
+@json_option
+def history(name: str, limit: int, as_json: bool) -> None:
+    """Show what became of the versions of NAME: promoted, kept out, refused, rolled back, or moved outside tuneserve; newest first."""
+    from pipeline import services
+    from pipeline.progress import progress
+
+    adapter_of(name, versioned=False)
+    with opened_project(uses_caches=False) as project, progress("MLflow"), services.tracking(project) as uri:
+        from pipeline.history import history as entries_of
+        from pipeline.history import lines
+        from pipeline.registry import Registry
+
+        entries = entries_of(Registry(uri), name)[:limit]
+    click.echo(json.dumps({"name": name, "entries": [entry.as_dict() for entry in entries]}) if as_json else "\n".join(lines(name, entries)))
+
+
+COMMANDS = (evaluate, history)

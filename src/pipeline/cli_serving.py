@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.command import begin_journal, flow_servers, json_option, opened_project
-from pipeline.errors import Fault, InvalidInput, RegistryError
+from pipeline.errors import Fault, InvalidInput, RegistryError, ServingError
 
 if TYPE_CHECKING:
+    from pipeline.assessment import Assessment
     from pipeline.convergence import Reach
     from pipeline.fleet import Fleet
     from pipeline.fleet_status import FleetStatus, ReplicaReport
@@ -30,6 +31,14 @@ LAG_SECONDS = 1.5
 QUESTIONS = 8
 """To MLflow at a time."""
 SHOWN = "it is so on"
+
+
+finetune_option = click.option(
+    "--recipe",
+    "finetune_path",
+    type=click.Path(path_type=Path),
+    help="Whose held-out rows and `promotion:` rules count; default: the recipe that it was trained by.",
+)
 
 
 def fleet_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -51,10 +60,24 @@ def fleet_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("adapter", metavar="NAME[/VERSION]")
 @click.option("--canary", metavar="PERCENT", help="Give the version this share of the name's requests instead, beside the champion; 10% for example.")
 @click.option("--wait/--no-wait", default=True, help="Wait until every ready replica serves it (default), or only move the alias.")
+@click.option("--force", is_flag=True, help="Do not compare it with the champion; recorded as such. Replicas still refuse what they cannot serve.")
+@finetune_option
 @fleet_options
 @json_option
-def promote(adapter: str, canary: str | None, wait: bool, recipe_path: Path | None, replica_urls: tuple[str, ...], as_json: bool) -> None:
-    """Make a version (default: the newest) the champion, and return once every ready replica serves it; if one refuses, the alias goes back.
+def promote(
+    adapter: str,
+    canary: str | None,
+    wait: bool,
+    force: bool,
+    finetune_path: Path | None,
+    recipe_path: Path | None,
+    replica_urls: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Make a version (default: the newest) the champion if it is better, and return once every ready replica serves it; if one refuses, the alias goes back.
+
+    Better is what its recipe's `promotion:` rules say of its answers to the held-out questions, against the champion's (as `tuneserve evaluate`). If it is not,
+    nothing changes and this exits 1. A canary is not compared: its users do that. `tuneserve history NAME` tells what became of each version.
 
     Replicas: --replica, else --serving, else every running server of this project that follows NAME. Those that cannot be reached are reported: they look at
     the registry before they are ready. A promotion ends the model's canary.
@@ -68,9 +91,14 @@ def promote(adapter: str, canary: str | None, wait: bool, recipe_path: Path | No
         from flows.promote import promote as flow
         from pipeline.fleet import addresses_of
 
-        fails = _unreachable_fails(recipe)
-        done = flow(name, version, addresses_of(project, recipe, urls), canary_percent=percent, unreachable_fails=fails, wait=wait)
-    _show_promotion(done, mlflow_uri, wait, as_json)
+        addresses, fails = addresses_of(project, recipe, urls), _unreachable_fails(recipe)
+        rows = str(finetune_path) if finetune_path else None
+        done = flow(name, version, addresses, canary_percent=percent, unreachable_fails=fails, wait=wait, force=force, recipe_path=rows)
+    if done.assessment and not as_json:
+        click.echo("\n".join(done.assessment.lines()))
+    if done.promotion is None:
+        raise ServingError(done.kept_out)
+    _show_promotion(done.promotion, mlflow_uri, wait, as_json, done.assessment)
 
 
 @click.command(short_help="Make the champion before this one champion again.")
@@ -255,11 +283,12 @@ def _show(said: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
     click.echo(json.dumps(said) if as_json else "\n".join(lines))
 
 
-def _show_promotion(done: "Promotion", mlflow_uri: str, waited: bool, as_json: bool) -> None:
+def _show_promotion(done: "Promotion", mlflow_uri: str, waited: bool, as_json: bool, assessment: "Assessment | None" = None) -> None:
     version, previous = done.version, f"{done.version.name}/{done.previous}" if done.previous else None
     ended = f"{version.name}/{done.ended_canary}" if done.ended_canary else None
     said = {"name": version.name, "version": int(version.version), "previous": previous, "alias_set_at": done.alias_set_at, "ended_canary": ended}
     said |= {"canary_percent": done.percent} if done.percent is not None else {}
+    said |= {"assessment": assessment.as_dict()} if assessment else {}
     what = "champion" if done.percent is None else f"the canary at {done.percent:g}%"
     lines = [f"{version.label} is {what} in {mlflow_uri} (before: {previous or 'none'})", *([f"the canary {ended} is ended"] if ended else [])]
     _show(said | _reach(done.reach), lines + (_reach_lines(done.reach) if waited else ["replicas follow by themselves: tuneserve status"]), as_json)

@@ -11,19 +11,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.convergence import WAIT_SECONDS, Change, Reach, Shows, look_first, spread, why_not
 from pipeline.errors import Fault, InvalidInput, RegistryError, ServingError
 from pipeline.fleet import Fleet
+from pipeline.history import Action, Grounds, note, recorded, settle
 from pipeline.journal import failure_fields
 from pipeline.process import locked
 from pipeline.project import Project
 from pipeline.registry import Deployment, Registry, Version, label_of
 from pipeline.serving.client import ServedModel
-from pipeline.switch import Disabled, switched_off_now
+from pipeline.switch import Disabled, switched_off_now, user_at_host
 from pipeline.version import CANDIDATE, CHAMPION, DISABLED_TAG, disabled_tag
 
 logger = logging.getLogger(__name__)
+ANY = "any"
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,42 @@ def lock_file(project: Project, name: str) -> Path:
 
 
 def promote(
-    registry: Registry, version: Version, fleet: Fleet | None, lock: Path, wait_seconds: float = WAIT_SECONDS, *, rolls_back: bool = False
+    registry: Registry,
+    version: Version,
+    fleet: Fleet | None,
+    lock: Path,
+    wait_seconds: float = WAIT_SECONDS,
+    *,
+    grounds: Grounds | None = None,
+    rolls_back: bool = False,
+    instead_of: str | None = ANY,
 ) -> Promotion:
     """Makes `version` the champion, waits until every ready replica serves it, and ends the model's canary. No fleet: nobody is waited for.
 
     One change of a model's aliases at a time holds the file `lock`. Raises ServingError if a ready replica does not follow within `wait_seconds`: the message
-    has its reason, and the alias is back where it was (unless someone has moved it on meanwhile).
+    has its reason, and the alias is back where it was (unless someone has moved it on meanwhile). What came of it stands in the model's history, with `grounds`.
     `rolls_back` leaves the version's own predecessor on record, and takes a name that is switched off.
+    `instead_of`: the champion (number, or None) that the version was found better than; raises ServingError if it is another one by now.
     """
+    grounds = grounds or Grounds(user_at_host())
     with locked(lock):
         before = registry.deployment(version.name)
-        _refuse_switched_off(before, version, allow_name=rolls_back)
-        return _make_champion(registry, version, before, fleet, wait_seconds, record=not rolls_back)
+        settle(registry, version.name, before.champion, grounds.by)
+        refuse_switched_off(before, version, allow_name=rolls_back)
+        if instead_of not in (ANY, before.champion):
+            now, then = (label_of(version.name, number) if number else "none" for number in (before.champion, instead_of))
+            raise ServingError(f"{version.label} was compared with the champion {then}, which is {now} by now; promote it again, to compare it with that")
+        action: Action = "rolled-back" if rolls_back else "promoted"
+        with recorded(registry, version.name, action, (version.version, version.digest), before.champion, grounds):
+            return _make_champion(registry, version, before, fleet, wait_seconds, record=not rolls_back)
+
+
+def decline(registry: Registry, version: Version, lock: Path, action: Literal["kept", "refused"], grounds: Grounds) -> None:
+    """Writes down that a version was examined and does not become champion."""
+    with locked(lock):
+        now = registry.champion_number(version.name)
+        settle(registry, version.name, now, grounds.by)
+        note(registry, version.name, action, (version.version, version.digest), now, grounds)
 
 
 def rollback_target(registry: Registry, name: str, to: str | None) -> Version:
@@ -198,7 +225,7 @@ def _make_candidate(registry: Registry, version: Version, share: str, before: De
     name = version.name
     fields = {"model": name, "version": version.version, "digest": version.digest, "alias": CANDIDATE, "percent": float(share)}
     change = Change(name, CANDIDATE, version.version, version.digest, _shares(version, float(share)), f"does not serve {version.label} as candidate")
-    _refuse_switched_off(before, version)
+    refuse_switched_off(before, version)
     if before.champion == version.version:
         raise ServingError(f"{version.label} is the champion, so it cannot be its own canary; name another version")
     if before.champion is None and float(share) > 0:
@@ -273,7 +300,8 @@ def _stays(what: str) -> Iterator[None]:
         raise ServingError(f"{error}. {what} all the same; see who does not follow: tuneserve status") from error
 
 
-def _refuse_switched_off(before: Deployment, version: Version, *, allow_name: bool = False) -> None:
+def refuse_switched_off(before: Deployment, version: Version, *, allow_name: bool = False) -> None:
+    """Raises ServingError if the version, or (unless `allow_name`) its name, is switched off."""
     if before.name_off and not allow_name:
         raise ServingError(f"{version.name} is switched off: {before.name_off}; switch it on first: tuneserve enable {version.name}")
     if off := before.version_off(version.version, version.digest):

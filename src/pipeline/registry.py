@@ -42,7 +42,9 @@ from pipeline.version import (
 )
 
 logger = logging.getLogger(__name__)
-EXPERIMENT = "tuneserve"
+EXPERIMENT, HISTORY = "tuneserve", "tuneserve-history"
+HISTORY_LENGTH = 1000
+"""Entries that are read of a model's history, the newest."""
 RECIPE_FILE = "recipe.yaml"
 EXTRA_FILES = ("swift_args.json", RECIPE_FILE)
 """What a version holds beside the adapter itself; nothing else is ever logged."""
@@ -167,13 +169,13 @@ class Registry:
             if run_id and self.client.get_run(run_id).info.status != "FINISHED":
                 self.client.set_terminated(run_id, "FINISHED")
 
-    def _experiment_id(self) -> str:
-        if found := self.client.get_experiment_by_name(EXPERIMENT):
+    def _experiment_id(self, name: str = EXPERIMENT) -> str:
+        if found := self.client.get_experiment_by_name(name):
             return str(found.experiment_id)
         try:
-            return str(self.client.create_experiment(EXPERIMENT))
+            return str(self.client.create_experiment(name))
         except MlflowException:  # another process may have made it in between
-            if found := self.client.get_experiment_by_name(EXPERIMENT):
+            if found := self.client.get_experiment_by_name(name):
                 return str(found.experiment_id)
             raise
 
@@ -271,6 +273,27 @@ class Registry:
                 self.client.log_text(run_id, text, file)
             self.client.set_terminated(run_id, "FINISHED")
         return run_id
+
+    def entries(self, name: str) -> list[tuple[str, float, Mapping[str, str]]]:
+        """The history of `name` (history.py), newest first: each entry's id, its unix time and its fields."""
+        with _translated(self.uri):
+            found = self.client.search_runs(
+                [self._experiment_id(HISTORY)], f"tags.`{TAG}model` = '{name}'", order_by=["attributes.start_time DESC"], max_results=HISTORY_LENGTH
+            )
+        plain = [(run, {key.removeprefix(TAG): value for key, value in run.data.tags.items() if key.startswith(TAG)}) for run in found]
+        return [(run.info.run_id, run.info.start_time / 1000, tags) for run, tags in plain]
+
+    def open_entry(self, name: str, label: str, tags: Mapping[str, str]) -> str:
+        """Writes an entry and returns its id."""
+        with _translated(self.uri):
+            run = self.client.create_run(self._experiment_id(HISTORY), run_name=label, tags=_tags({"model": name, **tags}))
+        return str(run.info.run_id)
+
+    def close_entry(self, entry: str, tags: Mapping[str, str]) -> None:
+        """Writes these fields over those that it has."""
+        with _translated(self.uri):
+            self.client.log_batch(entry, tags=[RunTag(key, value) for key, value in _tags(tags).items()])
+            self.client.set_terminated(entry, "FINISHED")
 
     def champion(self, name: str) -> Version | None:
         """The version under the alias `champion`, or None."""

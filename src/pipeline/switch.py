@@ -34,7 +34,7 @@ def switched_off_now(reason: str) -> Disabled:
         raise InvalidInput(
             [Fault("--reason", "", f"1 to {MAX_REASON_CHARACTERS} characters are needed (got {len(reason)}); say why, for whoever finds it off")]
         )
-    return Disabled(reason, _user_at_host(), datetime.now(UTC).isoformat(timespec="seconds"))
+    return Disabled(reason, user_at_host(), datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def read_disabled(value: str) -> Disabled:
@@ -46,7 +46,8 @@ def read_disabled(value: str) -> Disabled:
     return Disabled(*(str(said.get(key, ""))[:MAX_REASON_CHARACTERS] for key in ("reason", "by", "at"))) if isinstance(said, dict) else Disabled()
 
 
-def _user_at_host() -> str:
+def user_at_host() -> str:
+    """Who runs this, for the record."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container may know its user by number only

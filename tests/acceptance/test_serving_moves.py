@@ -90,7 +90,7 @@ def cost(moves: list[Move], answers: list[Answer], dice: random.Random) -> dict[
 
 def promoting(world: World, server: Server) -> Callable[[Version], Move]:
     def promote(version: Version) -> Move:
-        answer = world.json("promote", version.label, "--json", "--replica", server.url)
+        answer = world.json("promote", version.label, "--force", "--json", "--replica", server.url)
         return Move(version, answer["alias_set_at"], answer["alias_set_at"])
 
     return promote

@@ -45,7 +45,7 @@ def served(quickstart: Quickstart) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def second(quickstart: Quickstart, tmp_path_factory: pytest.TempPathFactory) -> Version:
     version = register_variant(quickstart, tmp_path_factory.mktemp("second") / "adapter", 0.5)
-    answer = quickstart.sandbox.json("promote", "catalog", "--json")
+    answer = quickstart.sandbox.json("promote", "catalog", "--force", "--json")
     assert (answer["version"], answer["previous"]) == (int(version.version), "catalog/1")
     assert answer["replicas"] == [quickstart.replica]
     return version
@@ -62,7 +62,7 @@ def test_a_promoted_version_answers_and_the_one_before_stays_callable(quickstart
 def test_a_version_that_is_not_what_its_tag_says_is_refused_and_the_alias_goes_back(quickstart: Quickstart, second: Version, tmp_path: Path) -> None:
     bad = register_variant(quickstart, tmp_path / "adapter", 0.25)
     quickstart.registry.client.set_model_version_tag("catalog", bad.version, DIGEST_TAG, "0" * 64)
-    done = quickstart.sandbox.run("promote", bad.label, "--json", seconds=120)
+    done = quickstart.sandbox.run("promote", bad.label, "--force", "--json", seconds=120)
     assert done.returncode == 1
     assert "changed after registration" in done.stderr and "alias is back" in done.stderr
     assert not json.loads(done.stdout.splitlines()[-1])["ok"]
@@ -79,12 +79,12 @@ def test_an_alias_that_vanishes_leaves_its_version_serving(quickstart: Quickstar
 
 
 def test_going_back_is_moving_the_alias(quickstart: Quickstart, second: Version) -> None:
-    assert quickstart.sandbox.json("promote", "catalog/1", "--json")["version"] == 1
+    assert quickstart.sandbox.json("promote", "catalog/1", "--force", "--json")["version"] == 1
     assert answering(quickstart, "catalog").startswith("catalog/1@")
 
 
 def test_rollback_is_the_champion_before(quickstart: Quickstart, second: Version) -> None:
-    assert quickstart.sandbox.json("promote", second.label, "--json")["previous"] == "catalog/1"
+    assert quickstart.sandbox.json("promote", second.label, "--force", "--json")["previous"] == "catalog/1"
     done = quickstart.sandbox.json("rollback", "catalog", "--json")
     assert (done["version"], done["previous"], done["replicas"]) == (1, second.label, [quickstart.replica])
     assert answering(quickstart, "catalog").startswith("catalog/1@")
