@@ -1,5 +1,6 @@
 """What is better is promoted, what is not is kept out, and both are told. Runs after the promotions' tests, on the same server."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_a_better_version_is_promoted_and_history_tells_all(quickstart: Quicksta
         ("promoted", champion, "1", False),
         ("promoted", "1", champion, True),
     ]
-    assert all(newer["before"] == older["after"] for newer, older in zip(told, told[1:], strict=False))
+    assert all(newer["before"] == older["after"] for newer, older in itertools.pairwise(told))
     assert {"rolled-back", "failed", "moved-outside"} <= {entry["action"] for entry in told}
 
 
