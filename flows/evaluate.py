@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from pipeline import registry, trial
 from pipeline.assessment import BASE, FEW_SHOT, Assessment, assess
+from pipeline.card import card
 from pipeline.dataset import load_dataset
 from pipeline.errors import ServingError
 from pipeline.evaluation import Evaluation
@@ -67,6 +68,7 @@ def record(registered: Registry, version: Version, found: Assessment) -> Assessm
     }
     files = {"answers.jsonl": found.table(), "assessment.json": json.dumps(found.as_dict(), indent=2), "assessment.md": found.markdown()}
     create_markdown_artifact(found.markdown(), key="assessment", description=f"{found.version}: {found.decision.verdict}")
+    registered.write_card(version, card(version, registered.lineage(version), found))
     return replace(found, run_id=registered.log_evaluation(version, tags, found.metrics(), files))
 
 

@@ -109,6 +109,15 @@ def test_an_evaluation_is_a_run_of_its_own(registry: Registry, tmp_path: Path) -
     assert registry.unfinished("scored", "i") == [] and registry.trained("scored", "i") == version
 
 
+def test_a_card_stands_beside_the_adapter_and_as_the_description(registry: Registry, tmp_path: Path) -> None:
+    version = register(registry, tmp_path / "a", "carded")
+    assert registry.lineage(version)["lora.rank"] == "8" and registry.lineage(version)["dataset_digest"] == "d"
+    registry.write_card(version, "# old")
+    registry.write_card(version, "# card\n" + "x" * 9000)
+    assert registry.client.get_model_version("carded", "1").description == ("# card\n" + "x" * 9000)[:5000]
+    assert {entry.path for entry in registry.client.list_artifacts(version.run_id)} == {"adapter", "card.md"}
+
+
 def test_history_is_kept_newest_first(registry: Registry) -> None:
     first = registry.open_entry("told", "promoted told/1", {"action": "promoted", "version": "1", "before": "none", "after": "none", "state": "open"})
     second = registry.open_entry("told", "kept told/2", {"action": "kept", "version": "2", "before": "1", "after": "1"})

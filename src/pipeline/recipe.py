@@ -196,6 +196,8 @@ class FinetuneRecipe(Section):
     dpo: Dpo | None = None
     """Settings of method: dpo."""
     promotion: PromotionRules = PromotionRules()
+    licence: str | None = None
+    """Of the adapter, as its model card should say it; what the base's and the data's licences allow is yours to know."""
 
     def broken_relations(self) -> Iterator[str]:
         if self.dpo is not None and self.method != "dpo":

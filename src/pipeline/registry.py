@@ -43,6 +43,10 @@ from pipeline.version import (
 
 logger = logging.getLogger(__name__)
 EXPERIMENT, HISTORY = "tuneserve", "tuneserve-history"
+CARD_FILE = "card.md"
+"""Beside the version's folder, not in it: it is written anew after each evaluation."""
+DESCRIPTION_CHARACTERS = 5000
+"""What MLflow keeps of a version's description."""
 HISTORY_LENGTH = 1000
 """Entries that are read of a model's history, the newest."""
 RECIPE_FILE = "recipe.yaml"
@@ -259,6 +263,18 @@ class Registry:
                 return Path(self.client.download_artifacts(version.run_id, f"{ARTIFACT_FOLDER}/{RECIPE_FILE}", folder)).read_text("utf-8")
         except (RegistryError, OSError) as error:
             raise RegistryError(f"{version.label} has no {RECIPE_FILE} ({str(error).splitlines()[0]}); name a recipe: --recipe FILE") from error
+
+    def lineage(self, version: Version) -> dict[str, str]:
+        """Parameters (the recipe, flat) and tags, ours without their prefix, of the run that made a version."""
+        with _translated(self.uri):
+            data = self.client.get_run(version.run_id).data
+        return {**data.params, **{key.removeprefix(TAG): value for key, value in data.tags.items() if key.startswith(TAG)}}
+
+    def write_card(self, version: Version, text: str) -> None:
+        """Logs the version's model card beside its adapter, and shows it, cut where it is long, as the version's description."""
+        with _translated(self.uri):
+            self.client.log_text(version.run_id, text, CARD_FILE)
+            self.client.update_model_version(version.name, version.version, text[:DESCRIPTION_CHARACTERS])
 
     def log_evaluation(self, version: Version, tags: Mapping[str, str], metrics: Mapping[str, float], files: Mapping[str, str]) -> str:
         """A run of its own with what an evaluation of `version` came to; returns its id. NaN is left out."""
