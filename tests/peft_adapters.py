@@ -26,11 +26,11 @@ def make_model() -> Glm4vMoeForConditionalGeneration:
     return tinyglm.make_model(config)
 
 
-def save(model: Any, folder: Path, config: Any, dtype: torch.dtype = torch.float32, trained: bool = True) -> Path:
+def save(model: Any, folder: Path, config: Any, dtype: torch.dtype = torch.float32, trained: bool = True, std: float = 1.0) -> Path:
     adapted = get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False).to(dtype)
     for name, parameter in adapted.named_parameters():
         if trained and "lora_B" in name:
-            torch.nn.init.normal_(parameter)
+            torch.nn.init.normal_(parameter, std=std)
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     return folder

@@ -520,8 +520,8 @@ def shape_reasons(tensors: Tensors, settings: Mapping[str, Settings], limits: Se
 
 
 def is_fused(module: str) -> bool:
-    match = LAYER.fullmatch(module)
-    return bool(match and EXPERT_3D.fullmatch(match[1]))
+    """Whether PEFT holds a parameter of all experts under that name, also where a text-only class's prefix keeps vLLM from finding it."""
+    return module.endswith((".mlp.experts", ".mlp.experts.base_layer"))
 
 
 def rank_fault(module: str, adapted: Adapted) -> str | None:
