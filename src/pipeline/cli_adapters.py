@@ -82,8 +82,8 @@ COMMANDS = (inspect,)
 def _folder(text: str) -> Path | None:
     """The adapter's folder; None if `text` is to be a registered name. Raises InvalidInput if a path leads to no adapter folder."""
     path = Path(text)
-    if not path.is_dir():
-        if path.exists():
+    if not (text and path.is_dir()):
+        if text and path.exists():
             raise InvalidInput([Fault(text, "", f"is no folder; give the folder that holds {' and '.join(ADAPTER_FILES)}")])
         if text.startswith((".", "/")):
             raise InvalidInput([Fault(text, "", "no such folder; give an adapter's folder, or NAME/VERSION of a registered one")])

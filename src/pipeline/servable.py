@@ -425,7 +425,7 @@ def name_reasons(tensors: Tensors, limits: ServerLimits) -> Iterator[Reason]:
 
 def prefix_remedy(modules: Sequence[str]) -> str:
     if any(module.startswith(("model.layers.", "layers.")) for module in modules):
-        return "it was trained with a text-only class; train with the vision-language class, whose keys begin with base_model.model.model.language_model.layers"
+        return "it was trained with a text-only class: `tuneserve inspect ADAPTER --write OUT` gives its keys the names of the served class, or train with that one"
     return "train it on the base that is served; its keys begin with base_model.model.model.language_model.layers"
 
 
