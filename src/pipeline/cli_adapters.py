@@ -5,13 +5,13 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.adapter import ADAPTER_FILES, name_fault
+from pipeline.adapter import ADAPTER_FILES, adapter_digest, name_fault
 from pipeline.command import begin_journal, json_option, opened_project
 from pipeline.errors import AdapterInvalid, Fault, InvalidInput, VersionRefused
 
@@ -138,24 +138,25 @@ def _inspect(
     experts: "ExpertsLayout | None",
     as_json: bool,
 ) -> None:
-    from pipeline.examination import entry_reasons, folder_reasons, likely_server, verdict
+    from pipeline.examination import entry_reasons, folder_reasons, likely_server, listed, verdict
 
     target = target or likely_server(folder, project)
     version, refused = registered or (None, [])
+    label = version.label if version else str(folder)
     found = [*(entry_reasons(version, target, project) if version else []), *refused]
     if not refused or refused[0].code == "digest-mismatch":
         found += folder_reasons(folder, target, project)
-    said = verdict(found, _what_it_is(folder, version), target)
+    written: dict[str, Any] = {}
     if out:
-        label = version.label if version else str(folder)
-        done = _write(folder, label, out, experts, {reason.code for reason in found})
-        source = {"adapter": label, "digest": said["adapter"]["digest"], "reasons": said["reasons"]}
-        said = verdict(folder_reasons(out, target, project), _what_it_is(out, None), target)
-        said["written"] = {"folder": str(out), "conversions": done, "from": source}
+        done = _write(folder, label, out, experts, [reason.code for reason in found if reason.code in NO_COPY or reason in refused])
+        source = {"adapter": label, "digest": adapter_digest(folder), "reasons": listed(found)}
+        written = {"written": {"folder": str(out), "conversions": done, "from": source}}
+        folder, label, version, found = out, str(out), None, folder_reasons(out, target, project)
+    said = verdict(found, _what_it_is(folder, version), target) | written
     if as_json:
         click.echo(json.dumps(said))
     else:
-        _print(said, str(out) if out else version.label if version else str(folder), target.title)
+        _print(said, label, target.title)
     sys.exit(0 if out or said["servable"] else 1)
 
 
@@ -169,19 +170,21 @@ def _what_it_is(folder: Path, version: "RegisteredVersion | None") -> dict[str, 
     return {**entry, **dissect(folder).as_dict()}
 
 
-def _write(folder: Path, label: str, out: Path, experts: "ExpertsLayout | None", codes: set[str]) -> list[str]:
-    """Writes the converted adapter to `out` and says what was done. Raises AdapterInvalid if it cannot be exactly the same one, InvalidInput if it is so already."""
-    from pipeline import conversion
-    from pipeline.anatomy import dissect
+def _write(folder: Path, label: str, out: Path, experts: "ExpertsLayout | None", broken: Sequence[str]) -> list[str]:
+    """Writes the converted adapter to `out` and says what was done. Raises AdapterInvalid if it cannot be exactly the same one, InvalidInput if it is so already.
 
-    if broken := sorted(codes & NO_COPY):
-        raise AdapterInvalid(f"{label}: not converted, since what it holds is not what was trained ({', '.join(broken)}); restore the files first")
+    `broken` are codes of reasons why the files are not what was trained.
+    """
+    from pipeline import conversion
+
+    if broken:
+        raise AdapterInvalid(f"{label}: not converted, since its files are not what was trained ({', '.join(broken)}); restore them first")
     content, done = conversion.convert(conversion.read_content(folder), experts)
     if not done:
         wanted = "; its experts can change their layout with --experts 2d or 3d" if experts is None else f", its routed experts (if any) in {experts}"
         raise InvalidInput([Fault(label, "", f"nothing to convert: its keys are the served class's already{wanted}")])
     conversion.write_content(content, out)
-    if dissect(out).digest is None or conversion.read_content(out).tensors.keys() != content.tensors.keys():
+    if conversion.read_content(out).tensors.keys() != content.tensors.keys():
         raise AdapterInvalid(f"{out}: not what was written; check the disk, remove it and try again")
     return done
 
@@ -199,12 +202,13 @@ def _print(said: Mapping[str, Any], label: str, title: str) -> None:
     console.print(f"{label}: rank {ranks}, {adapter['parameters']:,} parameters ({types}), {adapter['bytes']:,} bytes, layout {adapter['layout'] or 'unknown'}")
     console.print(f"digest {adapter['digest'] or 'none'}; base named in its configuration: {adapter['base_model'] or 'none'}", soft_wrap=True)
     if "run_id" in adapter:
-        console.print(f"run {adapter['run_id']}, base revision {adapter['base_revision']}, template {adapter['template_digest']}", soft_wrap=True)
+        run, base, template = (_plain(str(adapter[key])) for key in ("run_id", "base_revision", "template_digest"))
+        console.print(f"run {run}, base revision {base}, template {template}", soft_wrap=True)
     table = Table("modules", "layers", "number", "rank", "scaling", "parameters", "|A|", "|B|", "|update|")
     for name, group in list(adapter["modules"].items())[:SHOWN]:
         norms = (f"{norm:.4g}" if norm is not None else "-" for norm in (group["norm_a"], group["norm_b"], group["norm_update"]))
         figures = (", ".join(map(str, group["ranks"])), ", ".join(f"{scaling:.4g}" for scaling in group["scalings"]), f"{group['parameters']:,}")
-        table.add_row(name if name.isprintable() else ascii(name), _ranges(group["layers"]), str(group["modules"]), *figures, *norms)
+        table.add_row(_plain(name), _ranges(group["layers"]), str(group["modules"]), *figures, *norms)
     if adapter["modules"]:
         console.print(table)
     if (more := len(adapter["modules"]) - SHOWN) > 0:
@@ -214,6 +218,10 @@ def _print(said: Mapping[str, Any], label: str, title: str) -> None:
     console.print(f"{'can be served' if said['servable'] else 'cannot be served'}: {title}", soft_wrap=True)
     for reason in said["reasons"]:
         console.print(f"  {reason['code']}: {reason['message']}\n    -> {reason['remedy']}", soft_wrap=True)
+
+
+def _plain(text: str) -> str:
+    return text if text.isprintable() else ascii(text)
 
 
 def _ranges(numbers: list[int]) -> str:

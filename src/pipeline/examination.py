@@ -14,7 +14,21 @@ from pipeline.command import SERVING_RECIPE
 from pipeline.errors import InvalidInput, VersionRefused
 from pipeline.project import Project
 from pipeline.recipe import ServingRecipe, load_recipe
-from pipeline.servable import CONFIG_FILE, LORA_RANKS, Reason, ServerLimits, read_base_shapes, read_config, reasons
+from pipeline.servable import (
+    CONFIG_FILE,
+    LAYER,
+    LORA_RANKS,
+    WEIGHTS_FILE,
+    Adapted,
+    Reason,
+    ServerLimits,
+    base_fault,
+    read_base_shapes,
+    read_config,
+    read_tensors,
+    reasons,
+    sort_tensors,
+)
 from pipeline.serving.wanted import entry_faults
 
 if TYPE_CHECKING:
@@ -81,13 +95,26 @@ def likely_server(folder: Path, project: Project) -> Target:
     if usual in fitting or len(fitting) == 1:
         found = server_of(usual if usual in fitting else fitting[0], project)
         shown = Path(project.relative(found.path)) if found.path else None
-        return replace(found, path=shown, notes=(f"no --serving was given: held against {shown}", *found.notes))
-    why = (
-        f"recipes for its base ({named}): {', '.join(path.name for path in fitting)}"
-        if fitting
-        else f"no recipe here has its base ({named or 'it names none'})"
-    )
+        if named is not None or not contradicts(folder, found.limits):
+            return replace(found, path=shown, notes=(f"no --serving was given: held against {shown}", *found.notes))
+        why = f"it names no base, and does not fit that of {shown}"
+    elif fitting:
+        why = f"several recipes have its base ({named}): {', '.join(path.name for path in fitting)}"
+    else:
+        why = f"no recipe here has its base ({named})" if named else "it names no base"
     return Target(ANY_SERVER, notes=(f"no --serving was given, and {why}: held against vLLM's rules alone, without a server's limits or its base",))
+
+
+def contradicts(folder: Path, limits: ServerLimits) -> bool:
+    """Whether the adapter has a layer that the base lacks, or a shape that does not fit."""
+    tensors = read_tensors(folder / WEIGHTS_FILE)
+    if isinstance(tensors, Reason) or limits.known is None:
+        return False
+    pairs = {module: pair for module, pair in sort_tensors(tensors).pairs.items() if LAYER.fullmatch(module)}
+    if any(module.removesuffix(".base_layer") not in limits.known for module in pairs):
+        return True
+    whole = [(module, Adapted(None, pair.a, pair.b)) for module, pair in pairs.items() if pair.a and pair.b and len(pair.a.shape) == len(pair.b.shape) == 2]
+    return any(base_fault(module, adapted, limits) for module, adapted in whole)
 
 
 def same_base(named: str, recipe_base: str, project: Project) -> bool:
@@ -151,8 +178,12 @@ def refusal(error: VersionRefused) -> Reason:
 
 def verdict(found: Sequence[Reason], anatomy: Mapping[str, Any], target: Target) -> dict[str, Any]:
     """What `tuneserve inspect --json` says."""
+    return {"servable": not found, "reasons": listed(found), "adapter": dict(anatomy), "against": target.as_dict()}
+
+
+def listed(found: Sequence[Reason]) -> list[dict[str, str]]:
+    """Each code once: an entry in the registry and the files may say the same."""
     first: dict[str, Reason] = {}
     for reason in found:
         first.setdefault(reason.code, reason)
-    listed = [{"code": reason.code, "message": reason.message, "remedy": reason.remedy} for reason in first.values()]
-    return {"servable": not found, "reasons": listed, "adapter": dict(anatomy), "against": target.as_dict()}
+    return [{"code": reason.code, "message": reason.message, "remedy": reason.remedy} for reason in first.values()]
