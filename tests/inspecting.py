@@ -17,9 +17,9 @@ ATTENTION_RECIPE = "name: attention\nbase_model: base\nfollow: [shop]\ndevice: c
 EXPERTS_RECIPE = "name: experts\nbase_model: base\nfollow: [shop]\nlora: {max_rank: 16, target_modules: [qkv_proj, o_proj, experts]}\n"
 
 
-def inspect(home: Path, *args: str, mlflow: str = "http://127.0.0.1:9") -> tuple[int, dict[str, Any]]:
+def inspect(home: Path, *args: str, mlflow: str | None = "http://127.0.0.1:9") -> tuple[int, dict[str, Any]]:
     """Exit code and the JSON answer; for an error its code and message."""
-    with patch.dict(os.environ, {"TUNESERVE_PROJECT": str(home), "MLFLOW_TRACKING_URI": mlflow}):
+    with patch.dict(os.environ, {"TUNESERVE_PROJECT": str(home)} | ({"MLFLOW_TRACKING_URI": mlflow} if mlflow else {})):
         done = CliRunner().invoke(cli, ["inspect", "--json", *args])
     if isinstance(done.exception, TuneserveError):
         return done.exception.exit_code, {"error": str(done.exception)}

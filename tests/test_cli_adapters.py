@@ -274,3 +274,10 @@ def test_the_text_report_shows_each_kind_and_no_control_characters(tmp_path: Pat
     assert done.exit_code == 1 and all(line.isprintable() for line in done.stdout.splitlines())
     assert "rank 8, 5,184 parameters (F32)" in done.stdout and "21 more kinds of modules" in done.stdout
     assert "cannot be served: vLLM's rules" in done.stdout and "unsupported-init: " in done.stdout and "    -> " in done.stdout
+
+
+def test_where_nothing_is_registered_no_server_is_started_to_say_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code, answer = inspect(home, "shop/1", mlflow=None)
+    assert code == 2 and "no adapter is registered in this project" in answer["error"]
+    assert sorted(path.name for path in home.iterdir()) == ["recipes"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import sys
 import tempfile
@@ -71,6 +72,12 @@ def inspect(adapter: str, recipe_path: Path | None, out: Path | None, experts: "
     match = VERSION.fullmatch(adapter)
     if not match or name_fault(match[1]):
         raise InvalidInput([Fault(adapter, "", "no such folder, and no NAME or NAME/VERSION of a registered adapter, for example catalog/3")])
+    from pipeline import services
+
+    if "MLFLOW_TRACKING_URI" not in os.environ and not (project.mlruns / services.DATABASE).is_file():  # no server is started only to say so
+        raise InvalidInput(
+            [Fault(adapter, "", "no such folder, and no adapter is registered in this project; give a folder, or train one: tuneserve train RECIPE")]
+        )
     with opened_project(uses_caches=False) as opened, tempfile.TemporaryDirectory(prefix="tuneserve-inspect-") as fetched:
         version, refused = _fetch(opened, match[1], match[2], Path(fetched), target)
         _inspect(Path(fetched), (version, refused), target, opened, out, experts, as_json)
@@ -114,7 +121,8 @@ def _fetch(project: "Project", name: str, number: str | None, folder: Path, targ
             version = await reader.version(name, number)
             if version is None:
                 label = f"{name}/{number}" if number else name
-                raise InvalidInput([Fault(label, "", f"no such {'version' if number else 'model'} at {uri}; look there for what is registered")])
+                what = "version" if number else "folder, and no such model"
+                raise InvalidInput([Fault(label, "", f"no such {what} at {uri}; look there for what is registered")])
             try:
                 await reader.fetch(version, folder)
                 if version.digest:
