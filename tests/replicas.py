@@ -78,7 +78,7 @@ def fleet_of(replicas: dict[str, FakeReplica], **options: Any) -> Fleet:
 
 @contextmanager
 def http_server(answer: Callable[[str, str, Any, bytes], tuple[int, Any]]) -> Iterator[str]:
-    """The base URL of a server on this machine that gives these answers, as JSON."""
+    """The base URL of a server on this machine that gives these answers, as JSON or, bytes, as they are."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -86,7 +86,7 @@ def http_server(answer: Callable[[str, str, Any, bytes], tuple[int, Any]]) -> It
         def do(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             status, said = answer(self.command, self.path, self.headers, body)
-            text = json.dumps(said).encode()
+            text = said if isinstance(said, bytes) else json.dumps(said).encode()
             self.send_response(status)
             self.send_header("content-length", str(len(text)))
             self.end_headers()

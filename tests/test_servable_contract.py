@@ -1,7 +1,5 @@
 """Adapters of real PEFT on a tiny GLM-4.5V get exactly their reasons, and vLLM's own code refuses, drops or takes them as we say it does."""
 
-import copy
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +8,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import IA3Config, LoraConfig, PromptTuningConfig
+from safetensors.torch import save_file
 from transformers import Glm4vMoeForConditionalGeneration
 from vllm.config.lora import LoRAConfig, MaxLoRARanks
 from vllm.lora.lora_model import LoRAModel
@@ -23,25 +21,18 @@ from vllm.lora.utils import is_in_target_modules, parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.models.glm4_1v import Glm4vMoeForConditionalGeneration as ServedModel
 
-from pipeline import tinyglm
 from pipeline.servable import HARMLESS_INITS, LORA_RANKS, PACKED, Pair, ServerLimits, Settings, checkpoint_name, layout, look_up, read_base_shapes, reasons
+from tests.peft_adapters import ATTENTION, EXPERTS, FUSED, KEY, lora, make_model, rename, save, single_experts
 
 pytestmark = pytest.mark.contract
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-FUSED = ["q_proj", "gate_proj", "up_proj", "down_proj"]
 SERVED = ("qkv_proj", "o_proj")
-KEY = "base_model.model.model.language_model.layers"
-EXPERTS = 8
 SUPPORTED = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "gate", "experts", "qkv", "proj"}
 """Suffixes of the served model's linear modules."""
 
 
 @pytest.fixture(scope="module")
 def model() -> Glm4vMoeForConditionalGeneration:
-    config = tinyglm.make_config(tinyglm.make_tokenizer())
-    config.text_config.num_hidden_layers = 2
-    config.vision_config.depth = 1
-    return tinyglm.make_model(config)
+    return make_model()
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +41,6 @@ def limits(model: Glm4vMoeForConditionalGeneration, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("base")
     model.save_pretrained(folder)
     return ServerLimits(max_rank=16, target_modules=SERVED, wraps_experts=False, base_shapes=read_base_shapes(folder))
-
-
-def save(model: Any, folder: Path, config: Any, dtype: torch.dtype = torch.float32, trained: bool = True) -> Path:
-    adapted = get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False).to(dtype)
-    for name, parameter in adapted.named_parameters():
-        if trained and "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    adapted.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)
-    return folder
-
-
-def lora(**settings: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ATTENTION} | settings)
 
 
 def codes(folder: Path, limits: ServerLimits) -> set[str]:
@@ -199,25 +176,6 @@ def test_the_dense_mlp_is_dropped_by_vllm(model: Glm4vMoeForConditionalGeneratio
 def test_other_names_are_refused_by_vllm(wrong: Callable[[str], str], model: Glm4vMoeForConditionalGeneration, limits: ServerLimits, tmp_path: Path) -> None:
     folder = rename(save(model, tmp_path / "a", lora()), tmp_path / "b", wrong)
     assert codes(folder, limits) and vllm_refuses(folder)
-
-
-def rename(source: Path, target: Path, new: Callable[[str], str]) -> Path:
-    target.mkdir()
-    (target / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
-    save_file({new(key): tensor for key, tensor in load_file(source / "adapter_model.safetensors").items()}, target / "adapter_model.safetensors")
-    return target
-
-
-def single_experts(folder: Path, count: int = EXPERTS) -> Path:
-    folder.mkdir(exist_ok=True)
-    sizes = {"gate_proj": (128, 64), "up_proj": (128, 64), "down_proj": (64, 128)}
-    keys = [(f"{KEY}.1.mlp.experts.{number}.{name}", *size) for number in range(count) for name, size in sizes.items()]
-    save_file(
-        {f"{key}.lora_{part}.weight": torch.randn(shape) for key, i, o in keys for part, shape in (("A", (4, i)), ("B", (o, 4)))},
-        folder / "adapter_model.safetensors",
-    )
-    (folder / "adapter_config.json").write_text(json.dumps(lora(target_modules=list(sizes)).to_dict() | {"target_modules": list(sizes)}, default=str), "utf-8")
-    return folder
 
 
 def test_routed_experts(model: Glm4vMoeForConditionalGeneration, limits: ServerLimits, tmp_path: Path) -> None:

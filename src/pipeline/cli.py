@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pipeline import cli_evaluation, cli_serving
-from pipeline.command import begin_journal, flow_servers, json_option, opened_project, recipe_argument, using_caches
+from pipeline import cli_adapters, cli_evaluation, cli_serving
+from pipeline.command import SERVING_RECIPE, begin_journal, flow_servers, json_option, opened_project, recipe_argument, using_caches
 from pipeline.errors import Fault, InvalidInput, TuneserveError
 from pipeline.journal import failure_fields
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pipeline.registry import Version
 
 FINETUNE_RECIPE = "recipes/finetune/catalog-tiny.yaml"
-SERVING_RECIPE = "recipes/serving/tiny-cpu.yaml"
 logger = logging.getLogger("pipeline.cli")  # not __name__, which may be __main__
 
 
@@ -36,7 +35,7 @@ def cli() -> None:
     """Fine-tune GLM-4.5V with LoRA, register the adapter, and promote it into running vLLM servers without merging weights."""
 
 
-for command in (*cli_evaluation.COMMANDS, *cli_serving.COMMANDS):
+for command in (*cli_adapters.COMMANDS, *cli_evaluation.COMMANDS, *cli_serving.COMMANDS):
     cli.add_command(command)
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pipeline.project import Project
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout.")
+SERVING_RECIPE = "recipes/serving/tiny-cpu.yaml"
+"""What the quickstart serves with, below the project."""
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 logger = logging.getLogger("pipeline.cli")
 

@@ -425,7 +425,7 @@ def name_reasons(tensors: Tensors, limits: ServerLimits) -> Iterator[Reason]:
 
 def prefix_remedy(modules: Sequence[str]) -> str:
     if any(module.startswith(("model.layers.", "layers.")) for module in modules):
-        return "it was trained with a text-only class; train with the vision-language class, whose keys begin with base_model.model.model.language_model.layers"
+        return "it was trained with a text-only class: `tuneserve inspect ADAPTER --write OUT` gives its keys the names of the served class, or train with that one"
     return "train it on the base that is served; its keys begin with base_model.model.model.language_model.layers"
 
 
@@ -520,8 +520,8 @@ def shape_reasons(tensors: Tensors, settings: Mapping[str, Settings], limits: Se
 
 
 def is_fused(module: str) -> bool:
-    match = LAYER.fullmatch(module)
-    return bool(match and EXPERT_3D.fullmatch(match[1]))
+    """Whether PEFT holds a parameter of all experts under that name, also where a text-only class's prefix keeps vLLM from finding it."""
+    return module.endswith((".mlp.experts", ".mlp.experts.base_layer"))
 
 
 def rank_fault(module: str, adapted: Adapted) -> str | None:

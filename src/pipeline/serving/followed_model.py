@@ -6,7 +6,6 @@ Whatever goes wrong, the version that is live keeps answering and `error` says w
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,14 +18,13 @@ from pipeline.serving.engine import ServedAdapter, engine_name
 from pipeline.serving.residents import Resident, Residents
 from pipeline.serving.routing import Route
 from pipeline.serving.settings import FollowerSettings
-from pipeline.serving.wanted import RegisteredVersion, Wanted
+from pipeline.serving.wanted import RegisteredVersion, Wanted, entry_faults
 from pipeline.switch import Disabled
-from pipeline.version import BASE_REVISION_TAG, CHAMPION, DIGEST_TAG, TEMPLATE_DIGEST_TAG
+from pipeline.version import CHAMPION
 
 logger = logging.getLogger("vllm.tuneserve")  # below "vllm" so that the server's own handler prints it
 
 MAX_BACKOFF_SECONDS = 60.0
-DIGEST = re.compile(r"[0-9a-f]{64}")
 Key = tuple[str, str]
 """A version's number and digest."""
 
@@ -316,20 +314,8 @@ class FollowedModel:
 
     def _check_entry(self, version: RegisteredVersion) -> None:
         """Raises VersionRefused if the version's entry alone forbids serving it."""
-        base, template = self._settings.base_revision, self._settings.template_digest
-        if not version.version.isdecimal() or version.label in self._taken_names:
-            raise VersionRefused("bad-name", "not a version number, or the name of a served base model; register the adapter under another name")
-        if version.digest is None or version.base_revision is None or version.template_digest is None:
-            tags = {DIGEST_TAG: version.digest, BASE_REVISION_TAG: version.base_revision, TEMPLATE_DIGEST_TAG: version.template_digest}
-            raise VersionRefused("no-tags", f"has no tag {', '.join(tag for tag, value in tags.items() if value is None)}; register it with tuneserve")
-        if not DIGEST.fullmatch(version.digest):
-            raise VersionRefused("no-tags", f"tag {DIGEST_TAG} is not a SHA-256 in hex (got {version.digest[:80]!r}); register it with tuneserve")
-        if version.base_revision != base:
-            raise VersionRefused("wrong-base", f"trained on base {version.base_revision[:16]}, this server has {base[:16]}; train it on the served base")
-        if version.template_digest != template:
-            raise VersionRefused(
-                "wrong-template", f"trained with chat template {version.template_digest[:16]}, this server has {template[:16]}; train it with the served one"
-            )
+        if fault := next(entry_faults(version, self._settings.base_revision, self._settings.template_digest, self._taken_names), None):
+            raise VersionRefused(fault.code, str(fault))
 
     def _report(self, code: str | None, error: str | None, refused: RegisteredVersion | None = None) -> bool:
         """Makes `error` what status shows; logs it, and returns True, only if it is news. `refused` is the version that it keeps from being served."""

@@ -89,6 +89,17 @@ class RegistryReader:
         except (KeyError, TypeError, AttributeError) as error:
             raise RegistryError(f"{self.uri}: not an MLflow answer about {model[:80]} ({error!r}); check mlflow_uri") from error
 
+    async def version(self, name: str, number: str | None) -> RegisteredVersion | None:
+        """That version of `name`, or its newest; None if there is none."""
+        if number is not None:
+            return await self._version("model-versions/get", name=name, version=number)
+        answer = await self._get(f"{API}/model-versions/search", filter=f"name = '{name}'", max_results="1", order_by="version_number DESC")
+        try:
+            found = [registered_version(entry) for entry in (answer or {}).get("model_versions", ())]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RegistryError(f"{self.uri}: not an MLflow answer about versions of {name[:80]} ({error!r}); check mlflow_uri") from error
+        return found[0] if found else None
+
     async def _version(self, route: str, **query: str) -> RegisteredVersion | None:
         """The version that `route` answers with; None if there is none. Raises RegistryError too if the answer is not one of MLflow's."""
         answer = await self._get(f"{API}/{route}", **query)

@@ -1,12 +1,16 @@
 """What the registry says of one followed model: its aliases, the canary's share and what is switched off. Pure; registry_reader.py reads it."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.servable import Reason
 from pipeline.switch import Disabled, read_disabled
 from pipeline.version import BASE_REVISION_TAG, CANARY_TAG, CANDIDATE, CHAMPION, DIGEST_TAG, DISABLED_TAG, TEMPLATE_DIGEST_TAG, disabled_tag
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class RegisteredVersion:
     base_revision: str | None
     template_digest: str | None
     canary_percent: str | None = None
+    run_id: str | None = field(default=None, compare=False)
 
     @property
     def label(self) -> str:
@@ -65,7 +70,28 @@ def registered_version(found: Mapping[str, Any]) -> RegisteredVersion:
         base_revision=tags.get(BASE_REVISION_TAG),
         template_digest=tags.get(TEMPLATE_DIGEST_TAG),
         canary_percent=tags.get(CANARY_TAG),
+        run_id=found.get("run_id") or None,
     )
+
+
+def entry_faults(version: RegisteredVersion, base_revision: str | None, template_digest: str, taken_names: Container[str]) -> Iterator[Reason]:
+    """Why a version's entry alone forbids serving it on a base of that revision (None: not known) with that chat template; the first is the most fundamental.
+
+    `taken_names` are what the server calls its base models and other adapters.
+    """
+    if not version.version.isdecimal() or version.label in taken_names:
+        yield Reason("bad-name", "not a version number, or the name of a served base model", "register the adapter under another name")
+    tags = {DIGEST_TAG: version.digest, BASE_REVISION_TAG: version.base_revision, TEMPLATE_DIGEST_TAG: version.template_digest}
+    if missing := [tag for tag, value in tags.items() if value is None]:
+        yield Reason("no-tags", f"has no tag {', '.join(missing)}", "register it with tuneserve")
+    elif not DIGEST.fullmatch(str(version.digest)):
+        yield Reason("no-tags", f"tag {DIGEST_TAG} is not a SHA-256 in hex (got {str(version.digest)[:80]!r})", "register it with tuneserve")
+    if base_revision and version.base_revision not in (None, base_revision):
+        trained = f"trained on base {str(version.base_revision)[:16]}, this server has {base_revision[:16]}"
+        yield Reason("wrong-base", trained, "train it on the served base")
+    if version.template_digest not in (None, template_digest):
+        trained = f"trained with chat template {str(version.template_digest)[:16]}, this server has {template_digest[:16]}"
+        yield Reason("wrong-template", trained, "train it with the served one")
 
 
 def aliases(model: Mapping[str, Any]) -> dict[str, str]:
