@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.evaluate import examine
 from pipeline import promotion, registry
 from pipeline.assessment import Assessment, figures
+from pipeline.errors import TuneserveError
 from pipeline.fleet import open_fleet
 from pipeline.history import Grounds
 from pipeline.lineage import code_lineage
@@ -67,7 +68,11 @@ def promote(
         champion = deployed.champion
         if champion == chosen.version:
             return Outcome(move_alias(registered, chosen, reached, lock, grounds=grounds(project, "it is the champion already"), instead_of=champion))
-        found = examine(registered, chosen, fleet, project, recipe_path=recipe_path)
+        try:
+            found = examine(registered, chosen, fleet, project, recipe_path=recipe_path)
+        except TuneserveError as error:
+            promotion.decline(registered, chosen, lock, "failed", grounds(project, str(error).partition("\n")[0]))
+            raise
         why = grounds(project, found.decision.text, scores=scores(found), evaluation_run=found.run_id)
         if found.decision.verdict == "promote":
             return Outcome(move_alias(registered, chosen, reached, lock, grounds=why, instead_of=champion), found)

@@ -98,8 +98,8 @@ def promote(
             return _make_champion(registry, version, before, fleet, wait_seconds, record=not rolls_back)
 
 
-def decline(registry: Registry, version: Version, lock: Path, action: Literal["kept", "refused"], grounds: Grounds) -> None:
-    """Writes down that a version was examined and does not become champion."""
+def decline(registry: Registry, version: Version, lock: Path, action: Literal["kept", "refused", "failed"], grounds: Grounds) -> None:
+    """Writes down that a version was examined, or could not be, and does not become champion."""
     with locked(lock):
         now = registry.champion_number(version.name)
         settle(registry, version.name, now, grounds.by)
