@@ -6,10 +6,12 @@ import os
 import queue
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, Param, RunTag
@@ -20,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.adapter import ADAPTER_FILES, Adapter
 from pipeline.errors import RegistryError
+from pipeline.parity import MAX_REFERENCE_BYTES, REFERENCE_FILE
 from pipeline.switch import Disabled, read_disabled
 from pipeline.version import (
     ARTIFACT_FOLDER,
@@ -39,7 +42,7 @@ from pipeline.version import (
 
 logger = logging.getLogger(__name__)
 EXPERIMENT = "tuneserve"
-EXTRA_FILES = ("swift_args.json", "recipe.yaml")
+EXTRA_FILES = ("swift_args.json", "recipe.yaml", REFERENCE_FILE)
 """What a version holds beside the adapter itself; nothing else is ever logged."""
 AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 """MLflow's error codes when its server cannot be reached or fails; every other one is a refusal for good."""
@@ -240,6 +243,18 @@ class Registry:
         if not found:
             raise RegistryError(f"{name}: no version is registered at {self.uri}; train one first: tuneserve train RECIPE")
         return _version(found[0])
+
+    def reference(self, version: Version) -> str | None:
+        """The text of the version's parity.json, or None if it has none."""
+        with _translated(self.uri):
+            sizes = {entry.path.rpartition("/")[2]: entry.file_size or 0 for entry in self.client.list_artifacts(version.run_id, ARTIFACT_FOLDER)}
+            if REFERENCE_FILE not in sizes:
+                return None
+            if sizes[REFERENCE_FILE] > MAX_REFERENCE_BYTES:
+                raise RegistryError(f"{version.label}: its {REFERENCE_FILE} has {sizes[REFERENCE_FILE]} bytes and is none of ours; train the version again")
+            with tempfile.TemporaryDirectory() as folder:
+                found = self.client.download_artifacts(version.run_id, f"{ARTIFACT_FOLDER}/{REFERENCE_FILE}", folder)
+                return Path(found).read_text("utf-8")
 
     def champion(self, name: str) -> Version | None:
         """The version under the alias `champion`, or None."""
