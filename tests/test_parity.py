@@ -246,4 +246,5 @@ def test_a_prompt_must_be_whole(changed: dict[str, Any]) -> None:
 def test_equal_digests_are_equal_numbers_of_equal_shape() -> None:
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
     assert digest_of(values) == digest_of(np.asfortranarray(values)) == digest_of(values.astype(np.float64)) == digest_of(values.astype(">f4"))
+    assert digest_of(values.astype(np.uint8)) == digest_of(np.where(values == 0, np.float32(-0.0), values)) == digest_of(values)
     assert len({digest_of(values), digest_of(values.reshape(4, 3)), digest_of(values + np.float32(1e-6)), digest_of(values.T)}) == 4

@@ -92,7 +92,7 @@ def digests(pixels: Any, image_processor: Any) -> dict[str, str]:
     mean, deviation = (torch.tensor(values).repeat_interleave(pixels.shape[1] // 3) for values in (image_processor.image_mean, image_processor.image_std))
     raw = (pixels.double() * deviation + mean) * 255
     if torch.allclose(raw, raw.round(), rtol=0, atol=0.01):  # whole numbers: bytes that were rescaled and normalized, and nothing else
-        found["uint8"] = digest_of(raw.round().numpy())
+        found["uint8"] = digest_of(raw.round().to(torch.uint8).numpy())
     return found
 
 

@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import VLLMClientError
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from pipeline.parity import Logprobs, Replayed, digest_of
@@ -25,7 +26,7 @@ from pipeline.serving.traffic import Traffic
 
 MAX_BODY_BYTES = 4 * 2**20
 MAX_ANSWER_TOKENS = 256
-NOT_TAKEN = (ValueError, TemplateError)
+NOT_TAKEN = (VLLMClientError, ValueError, TemplateError)
 """What vLLM's renderer and engine raise for a prompt that is too long, has too many images, or does not fit the template."""
 Score = Callable[[ServedAdapter | None, Any, list[int]], Awaitable[list[float]]]
 """Log-probabilities of an answer's tokens after a rendered prompt; `VllmEngine.score`."""
