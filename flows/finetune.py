@@ -13,8 +13,9 @@ from pipeline import basemodel, dataset, journal, lineage, registry, row_statist
 from pipeline.adapter import Adapter
 from pipeline.basemodel import BaseModel
 from pipeline.dataset import Dataset, Deep
-from pipeline.errors import Fault, InvalidInput
+from pipeline.errors import Fault, InvalidInput, ProcessFailed
 from pipeline.lineage import Inputs
+from pipeline.parity import REFERENCE_FILE
 from pipeline.preflight import checked_rows, refuse_misfit
 from pipeline.process import locked
 from pipeline.progress import progress
@@ -23,6 +24,9 @@ from pipeline.recipe import FinetuneRecipe, dump_recipe, load_recipe
 from pipeline.registry import Registry, TrainingRun, Version
 
 logger = logging.getLogger(__name__)
+NO_REFERENCE_WARNING = (
+    "the adapter is registered without a parity reference, so that nothing can prove that servers answer as training did; to have one, train again with --force"
+)
 WAITING = "another tuneserve trains {} from the same inputs; waiting for its version"
 
 
@@ -54,9 +58,23 @@ def train_adapter(recipe: FinetuneRecipe, base: BaseModel, rows: Dataset, run: T
         return training.train_adapter(recipe, base.folder, rows, project.runs / run.run_id, project, run.log_metrics, report)
 
 
+@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="parity reference of {recipe.name}")
+def make_reference(recipe: FinetuneRecipe, base: BaseModel, adapter: Adapter, rows: Dataset, run: TrainingRun, project: Project) -> str | None:
+    """None if it cannot be made: an adapter that took days is registered all the same, and the gate says what it lacks."""
+    try:
+        with progress("parity reference") as report:
+            report("loading the base", 0.0)
+            return training.make_reference(recipe, base, adapter, rows, project.runs / run.run_id, project)
+    except (OSError, ProcessFailed) as error:
+        logger.error("parity reference failed", extra={"digest": adapter.digest})
+        print(f"warning: {error}\n{NO_REFERENCE_WARNING}", file=sys.stderr)
+        return None
+
+
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="register {recipe.name}")
-def register_adapter(recipe: FinetuneRecipe, inputs: Inputs, adapter: Adapter, run: TrainingRun) -> Version:
+def register_adapter(recipe: FinetuneRecipe, inputs: Inputs, adapter: Adapter, reference: str | None, run: TrainingRun) -> Version:
     files = {"recipe.yaml": dump_recipe(recipe), "swift_args.json": training.dump_args(inputs.args)}
+    files |= {REFERENCE_FILE: reference} if reference else {}
     return run.registry.register(recipe.name, run.run_id, adapter, files, inputs.base.revision, basemodel.template_digest(), inputs.digest)
 
 
@@ -85,4 +103,7 @@ def finetune(recipe_path: str, force: bool = False) -> Finetuned:
             began = time.monotonic()
             adapter = train_adapter(recipe, base, rows, run, project)
             run.tag({"train_seconds": f"{time.monotonic() - began:.1f}", "digest": adapter.digest})
-            return Finetuned(register_adapter(recipe, inputs, adapter, run), trained=True)
+            began = time.monotonic()
+            reference = make_reference(recipe, base, adapter, rows, run, project)
+            run.tag({"parity_reference": f"{time.monotonic() - began:.1f} s" if reference else "none"})
+            return Finetuned(register_adapter(recipe, inputs, adapter, reference, run), trained=True)

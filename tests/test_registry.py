@@ -54,6 +54,15 @@ def test_a_run_becomes_a_version_with_its_lineage_and_only_allowed_files(registr
         registry.register("shop", version.run_id, read_adapter(tmp_path / "a"), {"optimizer.pt": ""}, "base", "template", "i")
 
 
+def test_a_reference_lies_beside_the_adapter_and_is_no_part_of_it(registry: Registry, tmp_path: Path) -> None:
+    without = register(registry, tmp_path / "a", "faithful")
+    with registry.run("faithful", {}, {}) as run:
+        adapter = read_adapter(tmp_path / "a")
+        version = registry.register("faithful", run.run_id, adapter, EXTRA | {"parity.json": '{"a": "\u00e9"}'}, "base", "template", "i")
+    assert registry.reference(version) == '{"a": "\u00e9"}' and registry.reference(without) is None
+    assert version.digest == without.digest == adapter.digest
+
+
 def test_the_alias_moves_and_its_past_is_written_down(registry: Registry, tmp_path: Path) -> None:
     first, second = register(registry, tmp_path / "a", "toys"), register(registry, tmp_path / "b", "toys")
     assert registry.champion("toys") is None and registry.champion_number("toys") is None

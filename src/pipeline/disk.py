@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 GONE = ".gone-"
 """What a name starts with once its folder is being removed."""
 RUN_ID = re.compile(r"[0-9a-f]{32}")
-TRAINING_LOG = re.compile(r"training-([0-9a-f]{32})\.(log|log\.1|ranks)")
+TRAINING_LOG = re.compile(r"training-([0-9a-f]{32})\.(log|log\.1|ranks|parity\.log|parity\.log\.1)")
 SERVER_LOG = re.compile(r"(?P<server>.+)\.log\.1")
 INPUT_DIGEST = re.compile(r"[0-9a-f]{16,}")
 STRANGE = "the registry knows nothing of what lies here: it is another one, or its database was lost and made again"

@@ -23,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.adapter import ADAPTER_FILES, Adapter
 from pipeline.errors import RegistryError
+from pipeline.parity import MAX_REFERENCE_BYTES, REFERENCE_FILE
 from pipeline.switch import Disabled, read_disabled
 from pipeline.version import (
     ARTIFACT_FOLDER,
@@ -50,7 +51,7 @@ DESCRIPTION_CHARACTERS = 5000
 HISTORY_LENGTH = 1000
 """Entries that are read of a model's history, the newest."""
 RECIPE_FILE = "recipe.yaml"
-EXTRA_FILES = ("swift_args.json", RECIPE_FILE)
+EXTRA_FILES = ("swift_args.json", RECIPE_FILE, REFERENCE_FILE)
 """What a version holds beside the adapter itself; nothing else is ever logged."""
 AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 """MLflow's error codes when its server cannot be reached or fails; every other one is a refusal for good."""
@@ -310,6 +311,18 @@ class Registry:
         with _translated(self.uri):
             self.client.log_batch(entry, tags=[RunTag(key, value) for key, value in _tags(tags).items()])
             self.client.set_terminated(entry, "FINISHED")
+
+    def reference(self, version: Version) -> str | None:
+        """The text of the version's parity.json, or None if it has none."""
+        with _translated(self.uri):
+            sizes = {entry.path.rpartition("/")[2]: entry.file_size or 0 for entry in self.client.list_artifacts(version.run_id, ARTIFACT_FOLDER)}
+            if REFERENCE_FILE not in sizes:
+                return None
+            if sizes[REFERENCE_FILE] > MAX_REFERENCE_BYTES:
+                raise RegistryError(f"{version.label}: its {REFERENCE_FILE} has {sizes[REFERENCE_FILE]} bytes and is none of ours; train the version again")
+            with tempfile.TemporaryDirectory() as folder:
+                found = self.client.download_artifacts(version.run_id, f"{ARTIFACT_FOLDER}/{REFERENCE_FILE}", folder)
+                return Path(found).read_text("utf-8")
 
     def champion(self, name: str) -> Version | None:
         """The version under the alias `champion`, or None."""

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from pipeline import checkpoint, process
 from pipeline.adapter import ADAPTER_FILES, Adapter, read_adapter
+from pipeline.basemodel import BaseModel, template_digest
 from pipeline.dataset import Dataset, write_swift_rows
 from pipeline.errors import AdapterInvalid, ProcessFailed
+from pipeline.parity import REFERENCE_FILE, read_reference
 from pipeline.progress import Report
 from pipeline.project import Project
 from pipeline.recipe import Dpo, FinetuneRecipe, Lora
@@ -35,6 +37,8 @@ LAUNCHER_VARIABLES = frozenset({"NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER
 """What would make ms-swift start other processes, or wait for them, than the recipe says."""
 ARGS_FILE, LEASE = "swift_args.json", "training.lease"
 """In a training's folder."""
+REFERENCE_SECONDS = 1800.0
+"""What a parity reference may take: a base that does not fit the GPUs is read from host memory for every prompt."""
 CADENCE = ("logging_steps", "save_steps", "eval_steps")
 LOGGING_STEPS = 5
 POLL_SECONDS = 0.5
@@ -224,11 +228,60 @@ def _log(project: Project, folder: Path) -> Path:
     return project.logs / f"training-{folder.name}.log"
 
 
+def make_reference(recipe: FinetuneRecipe, base: BaseModel, adapter: Adapter, dataset: Dataset, folder: Path, project: Project) -> str:
+    """The text of the parity.json that belongs to `adapter`, made of held-out rows on the hardware that trained; kept in `folder`, and made once.
+
+    Raises ProcessFailed if it cannot be made; the adapter is what it was.
+    """
+    from pipeline.parity_prompts import questions_of  # PIL
+
+    path, task_file = folder / REFERENCE_FILE, folder / "parity_task.json"
+    with contextlib.suppress(OSError, ValueError, AdapterInvalid):  # none yet, or one that was cut short
+        text = path.read_text("utf-8")
+        if read_reference(text, str(path)).adapter_digest == adapter.digest:
+            return text
+    process.wait_ended(folder / LEASE)  # of a killed command the training, or this, may still be ending
+    questions = questions_of(dataset.eval)
+    task = {"base": str(base.folder), "base_revision": base.revision, "adapter": str(adapter.folder), "adapter_digest": adapter.digest}
+    task |= {"precision": recipe.training.precision, "device": recipe.training.device, "attention": recipe.training.attention}
+    task |= {"template_digest": template_digest(), "images": questions.images, "questions": [each.model_dump() for each in questions.questions]}
+    task_file.write_text(json.dumps(task), "utf-8")
+    alone = recipe.model_copy(update={"training": recipe.training.model_copy(update={"processes": 1, "deepspeed": None})})
+    child = process.start(
+        [sys.executable, "-m", "pipeline.swift_parity", str(task_file), str(path)],
+        name="parity reference",
+        lease=folder / LEASE,
+        log=_log(project, folder).with_suffix(".parity.log"),
+        environment=_environment(project, swift_environment(alone, folder)),
+        cwd=folder,
+    )
+    try:
+        deadline = time.monotonic() + REFERENCE_SECONDS
+        while child.poll() is None:
+            if time.monotonic() > deadline:
+                raise child.failure(f"the parity reference was not made within {REFERENCE_SECONDS:.0f} s")
+            time.sleep(POLL_SECONDS)
+        if child.poll() != 0:
+            raise child.failure("the parity reference could not be made")
+    finally:
+        child.end()
+    text = path.read_text("utf-8")
+    try:
+        read_reference(text, str(path))
+    except AdapterInvalid as error:
+        raise child.failure(f"the parity reference is not whole: {error}") from error
+    return text
+
+
+def _environment(project: Project, own: Mapping[str, str]) -> dict[str, str]:
+    """A child's, without what would make it wait for other processes than the recipe says."""
+    return {name: value for name, value in project.child_environment(own).items() if name in own or name not in LAUNCHER_VARIABLES}
+
+
 def _run_swift(recipe: FinetuneRecipe, folder: Path, project: Project, follow_log: "LogFollower") -> None:
     rank_logs = _log(project, folder).with_suffix(".ranks")
     shutil.rmtree(rank_logs, ignore_errors=True)
-    own = swift_environment(recipe, rank_logs)
-    environment = {name: value for name, value in project.child_environment(own).items() if name in own or name not in LAUNCHER_VARIABLES}
+    environment = _environment(project, swift_environment(recipe, rank_logs))
     child = process.start(
         [sys.executable, "-m", "swift.cli.main", swift_command(recipe), str(folder / ARGS_FILE)],
         name="training",

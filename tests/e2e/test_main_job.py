@@ -43,7 +43,7 @@ def test_the_runtime_lora_endpoints_are_closed(quickstart: Quickstart) -> None:
 
 
 def test_every_adapters_route_asks_for_the_token_or_a_signature(quickstart: Quickstart) -> None:
-    for method, route in (("GET", "/adapters"), ("GET", "/adapters/ready"), ("POST", "/adapters/sync")):
+    for method, route in (("GET", "/adapters"), ("GET", "/adapters/ready"), ("POST", "/adapters/sync"), ("POST", "/adapters/parity")):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": quickstart.token}):
             assert httpx.request(method, quickstart.replica + route, headers=headers).status_code == 401
     for route in ("/adapters", "/adapters/ready"):

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.evaluation import evaluate
+from pipeline.parity import read_reference, replay
+from pipeline.serving.client import Replica
 from tests.e2e.conftest import Quickstart
 from tests.e2e.environment import path_without_compilers
 
@@ -18,6 +20,9 @@ def test_a_twin_trains_to_a_served_adapter_that_beats_the_base(quickstart: Quick
     params = quickstart.registry.client.get_run(trained["mlflow_run_id"]).data.params
     assert (params["training.deepspeed"], params["quantization"]) == (("zero2", "None") if twin == "zero2" else ("None", "nf4"))
     quickstart.sandbox.json("promote", label, "--force", "--json")  # it may be no better than the champion
+    version = quickstart.registry.version("catalog", str(trained["version"]))
+    found = replay(Replica(quickstart.replica, quickstart.token), version, read_reference(quickstart.registry.reference(version) or "", label))
+    assert found.faithful, f"the reference is of one process and of the base as it is served: {found.reason}"
     answers = evaluate(quickstart.replica, "catalog", quickstart.sandbox.held_out, lambda text, fraction: None)
     assert [model.partition("@")[0] for model in answers.models] == [label]
     assert answers.exact_match >= quickstart.answer["base"]["exact_match"] + 0.5, answers.by("kind")

@@ -110,5 +110,33 @@ def test_an_address_behind_a_name_is_asked_for_the_names_certificate() -> None:
     assert seen[0].extensions["sni_hostname"] == "replicas.example" and seen[0].headers["Host"] == "replicas.example:8443"
 
 
+def test_a_prompt_is_replayed_with_the_token_and_what_does_not_fit_is_said() -> None:
+    asked: list[tuple[str, str, Any]] = []
+
+    def answer(method: str, path: str, headers: Any, body: bytes) -> tuple[int, Any]:
+        asked.append((path, headers["authorization"], json.loads(body)))
+        return 200, {
+            "digest": "aa",
+            "precision": "float32",
+            "prompt_tokens": [1, 2],
+            "base": [-1.5, None],
+            "adapter": [-0.5, -2],
+            "texts": {"1": "a"},
+            "new": 1,
+        }
+
+    with http_server(answer) as url:
+        found = Replica(url, TOKEN).parity("shop/1", [{"role": "user", "content": []}], (5, 6))
+    assert asked == [("/adapters/parity", f"Bearer {TOKEN}", {"model": "shop/1", "messages": [{"role": "user", "content": []}], "answer_tokens": [5, 6]})]
+    assert (found.digest, found.prompt_tokens, found.base, found.adapter, found.texts) == ("aa", (1, 2), (-1.5, None), (-0.5, -2.0), {1: "a"})
+    for code, body, message in (
+        (422, {"detail": "shop/1 is not served here"}, "422.*not served here"),
+        (200, [], "not as a replica"),
+        (503, {}, "still starting"),
+    ):
+        with http_server(lambda *_, code=code, body=body: (code, body)) as url, pytest.raises(ReplicaError, match=message):
+            Replica(url, TOKEN).parity("shop/1", [], (5,))
+
+
 def test_the_token_is_not_shown() -> None:
     assert "hidden" not in repr(Replica("http://a:1", "hidden", new_client()))

@@ -71,7 +71,7 @@ class FakeClient:
 
     def __init__(self) -> None:
         self.model_config = SimpleNamespace(max_model_len=2048, model="/secret/place/base")
-        self.renderer = SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(encode=lambda text: [1, 2, 3]))
+        self.renderer = SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(encode=lambda text: [1, 2, 3], decode=str))
         self.input_processor = None
         self.added: list[LoRARequest] = []
         self.fault: Exception | None = None
@@ -127,6 +127,13 @@ def app(tmp_path, monkeypatch, world, new_engine):
     attach_endpoint_plugins(app, ("generate",))
     client = FakeClient()
     app.state.openai_serving_models = serving_models(client)
+
+    async def render_chat(request):
+        return [], [{"type": "token", "prompt_token_ids": [1, 2, 3]}]
+
+    app.state.online_renderer = SimpleNamespace(
+        model_config=SimpleNamespace(dtype="torch.float32", quantization=None), renderer=client.renderer, render_chat=render_chat
+    )
 
     async def start() -> None:
         await init_endpoint_plugins_state(client, app.state, app.state.args)
@@ -257,7 +264,7 @@ def test_our_routes_replace_and_join_vllms(app):
 def test_every_adapters_route_asks_for_the_token(app, header):
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
     with TestClient(app) as http:
-        for method, path in (("GET", "/adapters"), ("GET", "/adapters/ready"), ("POST", "/adapters/sync")):
+        for method, path in (("GET", "/adapters"), ("GET", "/adapters/ready"), ("POST", "/adapters/sync"), ("POST", "/adapters/parity")):
             answer = http.request(method, path, headers=headers)
             assert answer.status_code == 401 and answer.headers["WWW-Authenticate"]
 
@@ -269,6 +276,33 @@ def test_not_ready_before_vllm_made_our_state(app):
         assert http.get(path, headers=shown).status_code == 503
     body, signed = new_hint("sesame", "catalog", "champion", "1")
     assert http.post("/adapters/sync", content=body, headers=signed).status_code == 503
+    assert http.post("/adapters/parity", json={}, headers=shown).status_code == 503
+
+
+def test_the_parity_route_scores_an_answer_for_base_and_adapter_and_holds_the_adapter_meanwhile(app, monkeypatch):
+    asked = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "answer_tokens": [8, 9]}
+    follower = app.state.endpoint_plugins[0]
+    held = []
+    whole = VllmEngine.score
+
+    async def score(engine, adapter, prompt, answer):
+        lora_id = hooks.lora_request(follower._names.get("catalog").adapter).lora_int_id
+        held.append(follower._traffic.may_mean(lora_id, time.monotonic()))
+        return await whole(engine, adapter, prompt, answer)
+
+    monkeypatch.setattr(VllmEngine, "score", score)
+    with TestClient(app) as http:
+        shown = {"Authorization": "Bearer sesame"}
+        tuned = http.post("/adapters/parity", json={"model": "catalog/1", **asked}, headers=shown).json()
+        base = http.post("/adapters/parity", json={"model": "glm-4.5v", **asked}, headers=shown).json()
+        for unknown in ("catalog/2", "nothing"):
+            assert http.post("/adapters/parity", json={"model": unknown, **asked}, headers=shown).status_code == 422
+    assert held == [True, True, False, False] and not follower._traffic._open
+    assert tuned["prompt_tokens"] == [1, 2, 3] and tuned["texts"] == {"1": "[1]", "2": "[2]", "3": "[3]", "8": "[8]", "9": "[9]"}
+    assert tuned["digest"] == follower._names.get("catalog").adapter.digest and base["digest"] is None
+    assert tuned["base"] == base["base"] == base["adapter"] == [-1.0, -1.0] and tuned["adapter"][0] < -1.0
+    metrics = generate_latest(follower._metrics._registry).decode()
+    assert "tuneserve_requests_total{" not in metrics, "what we ask ourselves is nobody's traffic"
 
 
 @pytest.mark.parametrize(

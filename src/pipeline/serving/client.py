@@ -1,13 +1,15 @@
 """Talks to replicas: what each serves, whether it is ready, and "look at the registry now"."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ServingError
+from pipeline.parity import Replayed
 from pipeline.serving.hint import new_hint
 from pipeline.serving.settings import SYNC_SECONDS
 from pipeline.switch import Disabled
@@ -16,6 +18,8 @@ CONNECT_SECONDS = 2.0
 """A replica that is gone must not hold the others up."""
 STATUS_SECONDS = 5.0
 HINT_SECONDS = SYNC_SECONDS + 5.0
+PARITY_SECONDS = 300.0
+"""One prompt, twice through the engine, perhaps behind users' requests."""
 KEEP_ALIVE_SECONDS = 2.0
 """How long a connection may lie idle and be used again: less than the 5 s after which a server of ours closes it."""
 
@@ -187,6 +191,19 @@ class Replica:
         body, headers = new_hint(self.token, name, alias, version)
         return self._status("POST", "/adapters/sync", body, headers)
 
+    def parity(self, model: str, messages: Sequence[Mapping[str, Any]], answer_tokens: Sequence[int]) -> Replayed:
+        """What the replica makes of a chat prompt (images as data URLs), and the log-probabilities of an answer for the base and for `model`: a callable version or name."""
+        body = json.dumps({"model": model, "messages": list(messages), "answer_tokens": list(answer_tokens)}).encode()
+        answer = self._call("POST", "/adapters/parity", body, {"Content-Type": "application/json"}, PARITY_SECONDS)
+        if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise ReplicaError("not-ready", f"replica {self.url} is still starting; look at its log if it stays so")
+        try:
+            return Replayed.model_validate_json(answer.content)
+        except ValidationError as error:
+            raise ReplicaError(
+                "refuses-us", f"{self.url} answers, but not as a replica does; give the base URL of a server started with `tuneserve serve`"
+            ) from error
+
     def _status(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> ReplicaStatus:
         answer = self._call(method, path, body, headers)
         if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
@@ -199,13 +216,15 @@ class Replica:
                 "refuses-us", f"{self.url} answers, but not as a replica does ({wrong}); give the base URL of a server started with `tuneserve serve`"
             ) from error
 
-    def _call(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> httpx.Response:
+    def _call(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None, seconds: float | None = None
+    ) -> httpx.Response:
         """The answer, 200 or 503."""
         sent = {"Authorization": f"Bearer {self.token}", **(headers or {})}
         extensions: dict[str, str] = {}
         if self.server_name:
             sent["Host"], extensions = self.server_name, {"sni_hostname": self.server_name.rpartition(":")[0]}
-        timeout = httpx.Timeout(STATUS_SECONDS if method == "GET" else HINT_SECONDS, connect=CONNECT_SECONDS)
+        timeout = httpx.Timeout(seconds or (STATUS_SECONDS if method == "GET" else HINT_SECONDS), connect=CONNECT_SECONDS)
         try:
             answer = self.client.request(method, self.url.rstrip("/") + path, content=body, headers=sent, timeout=timeout, extensions=extensions)
         except (httpx.TransportError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:

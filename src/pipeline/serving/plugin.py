@@ -4,6 +4,7 @@ What we rely on beyond vLLM's documented plugin contract and `EngineClient`'s me
 - the hooks in hooks.py, and what worker_report.py reads;
 - `state.openai_serving_models.lora_requests`, the dict in which every request looks its model up before the bases (`hooks.NameTable`);
 - `state.openai_serving_models.base_model_paths` and `.model_config.max_model_len` (`AdapterFollower.init_state`, `.list_models`);
+- `state.online_renderer`, which renders chat requests, and what an engine's input holds (parity_route.py);
 - the environment switches VLLM_ALLOW_RUNTIME_LORA_UPDATING and VLLM_SKIP_MODEL_NAME_VALIDATION, and `args.api_server_count` (`refusal`).
 """
 
@@ -35,6 +36,7 @@ from pipeline.serving.follower import Follower
 from pipeline.serving.hint import MAX_BODY_BYTES, HintCheck
 from pipeline.serving.local_adapters import LocalAdapters
 from pipeline.serving.metrics import Metrics
+from pipeline.serving.parity_route import Replayer, read_asked
 from pipeline.serving.registry_reader import RegistryReader
 from pipeline.serving.settings import SETTINGS_VARIABLE, SYNC_SECONDS, FollowerSettings
 from pipeline.serving.traffic import Traffic
@@ -70,6 +72,8 @@ class AdapterFollower:
         self._traffic = Traffic(self.settings.max_loras)
         self._follower: Follower | None = None
         self._models: OpenAIServingModels
+        self._names: hooks.NameTable
+        self._replayer: Replayer
         self._started = int(time.time())
         self._metrics = Metrics(get_prometheus_registry(), lambda name: name_fault(name) is None)
         hooks.install(app, self._traffic, self._metrics, self.settings.sticky_header)
@@ -77,6 +81,7 @@ class AdapterFollower:
         guarded = [Depends(self.authenticate)]
         app.add_api_route("/adapters", self.show_status, methods=["GET"], dependencies=guarded)
         app.add_api_route("/adapters/ready", self.show_ready, methods=["GET"], dependencies=guarded)
+        app.add_api_route("/adapters/parity", self.replay, methods=["POST"], dependencies=guarded)
         app.add_api_route("/adapters/sync", self.sync_now, methods=["POST"])  # asks for a signature instead
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
@@ -85,9 +90,11 @@ class AdapterFollower:
             raise ServingError("vLLM's render server has no engine to follow the registry with; leave `tuneserve` out of its VLLM_PLUGINS")
         self._models = models = state.openai_serving_models
         taken = frozenset(base.name for base in models.base_model_paths) | frozenset(models.lora_requests)
-        traffic, names = self._traffic, hooks.NameTable(models)
+        traffic = self._traffic
+        self._names = names = hooks.NameTable(models)
         hooks.choose_adapters(names, models)
         engine = VllmEngine(engine_client, hooks.watch_generations(engine_client, traffic, self._metrics))
+        self._replayer = Replayer(state.online_renderer, engine.score, traffic)
         registry = RegistryReader(self.settings.mlflow_uri, self.settings.max_adapter_bytes)
         adapters = LocalAdapters(self.settings.state_dir / "adapters")
         follower = Follower(self.settings, engine, names, registry, adapters, traffic, self._metrics, taken)
@@ -114,6 +121,17 @@ class AdapterFollower:
             return JSONResponse({"ready": False, "waits_for": {"tuneserve": "following did not start; look at the server's log"}}, 503)
         ready = self._follower.ready
         return JSONResponse({"ready": ready, "waits_for": self._follower.waits_for()}, 200 if ready else 503)
+
+    async def replay(self, request: Request) -> JSONResponse:
+        """What this server makes of a prompt that training saw. The version or name must be callable; one that is switched off is too, for this."""
+        if self._follower is None:
+            return JSONResponse({"ready": False}, 503)
+        asked = await read_asked(request)
+        route = self._names.get(asked.model)
+        if route is None and not self._models.is_base_model(asked.model):
+            raise HTTPException(422, f"{asked.model[:100]} is not served here; give a served name, a version that an alias points to, or the base")
+        answer = await self._replayer.answer(asked, route.adapter if route else None)
+        return JSONResponse(answer.model_dump(mode="json"))
 
     async def sync_now(self, request: Request) -> JSONResponse:
         """To a genuine hint: status after a sync that began at this request or later, or after SYNC_SECONDS; compare `live` with what you want."""

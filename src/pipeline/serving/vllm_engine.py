@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from typing import Any
 
 from vllm.engine.protocol import EngineClient
 from vllm.inputs.engine import tokens_input
@@ -53,16 +54,26 @@ class VllmEngine:
     async def fingerprint(self, adapter: ServedAdapter | None) -> Fingerprint:
         if self._prompt is None:
             self._prompt = list(self._client.renderer.get_tokenizer().encode(PROMPT))
-        # Asking for the prompt's log-probabilities also keeps vLLM from taking it out of the prefix cache.
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, logprobs=1, output_kind=RequestOutputKind.FINAL_ONLY)
-        request_id = f"tuneserve-{uuid.uuid4()}"
-        lora = lora_request(adapter) if adapter else None
-        last = None
-        async for output in self._generate(tokens_input(self._prompt), params, request_id, lora_request=lora):
-            last = output
-        if last is None or last.prompt_logprobs is None:
-            raise ServingError("vLLM gave no log-probabilities of a prompt; start it with --max-logprobs 1 or more")
+        last = await self._look(adapter, tokens_input(self._prompt))
         of_prompt = [found[token].logprob for token, found in zip(self._prompt, last.prompt_logprobs, strict=True) if found is not None]
         answer = last.outputs[0]
         of_answer = [answer.logprobs[0][answer.token_ids[0]].logprob] if answer.logprobs and answer.token_ids else []
         return (*of_prompt, *of_answer)
+
+    async def score(self, adapter: ServedAdapter | None, prompt: Any, answer: list[int]) -> list[float]:
+        """Log-probabilities of the answer's tokens after a rendered prompt (vLLM's EngineInput, its images still in it), each after all before it."""
+        tokens = [*prompt["prompt_token_ids"], *answer]
+        last = await self._look(adapter, {**prompt, "prompt_token_ids": tokens})
+        found = list(zip(tokens, last.prompt_logprobs, strict=True))[-len(answer) :]
+        return [logprobs[token].logprob for token, logprobs in found]
+
+    async def _look(self, adapter: ServedAdapter | None, prompt: Any) -> Any:
+        """vLLM's last output for a prompt, with the log-probabilities of its tokens and of one more."""
+        # Asking for the prompt's log-probabilities also keeps vLLM from taking it out of the prefix cache.
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, logprobs=1, output_kind=RequestOutputKind.FINAL_ONLY)
+        last = None
+        async for output in self._generate(prompt, params, f"tuneserve-{uuid.uuid4()}", lora_request=lora_request(adapter) if adapter else None):
+            last = output
+        if last is None or last.prompt_logprobs is None:
+            raise ServingError("vLLM gave no log-probabilities of a prompt; start it with --max-logprobs 1 or more")
+        return last
