@@ -10,7 +10,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from pipeline import registry, trial
+from pipeline import parity, registry, trial
 from pipeline.assessment import BASE, FEW_SHOT, Assessment, assess
 from pipeline.card import card
 from pipeline.dataset import load_dataset
@@ -20,10 +20,12 @@ from pipeline.evaluation import evaluate as ask
 from pipeline.example import Example
 from pipeline.fleet import Fleet, open_fleet
 from pipeline.in_context import with_shots
+from pipeline.parity import Parity
 from pipeline.progress import progress
 from pipeline.project import Project, find_project
 from pipeline.recipe import FinetuneRecipe, load_recipe
 from pipeline.registry import Registry, Version
+from pipeline.serving.client import Replica
 
 SHOTS = 3
 MAX_IMAGES = 4
@@ -40,12 +42,21 @@ def recipe_of(registered: Registry, version: Version, recipe_path: str | None) -
         return load_recipe(path, FinetuneRecipe)
 
 
-def replica_of(fleet: Fleet, name: str) -> tuple[str, str]:
+def replica_of(fleet: Fleet, name: str) -> tuple[Replica, str]:
     """The replica that is asked, the first ready one that follows `name`, and what its base is called."""
+    by_url = {replica.url: replica for replica in fleet.replicas}
     for look in fleet.looks():
         if look.state == "ready" and look.status and name in look.status.models and look.status.base_models:
-            return look.url, look.status.base_models[0]
+            return by_url[look.url], look.status.base_models[0]
     raise ServingError(f"no ready replica follows {name}; start one: tuneserve serve RECIPE, or name it: --replica URL")
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="replay {version.label}")
+def replayed(registered: Registry, version: Version, replica: Replica) -> Parity:
+    """Whether the replica reads and answers prompts as this version's training did."""
+    with progress("replaying what training saw"):
+        text = registered.reference(version)
+        return parity.replay(replica, version, parity.read_reference(text, version.label)) if text else parity.NO_REFERENCE
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="ask {name}")
@@ -104,7 +115,9 @@ def examine(
     rows = load_dataset(recipe.dataset, project)
     questions = every_nth(rows.eval, limit)
     with trial.on_trial(registered, version, fleet, trial.lock_file(project, version.name)):
-        found = assessed(registered, version, recipe, replica_of(fleet, version.name), questions, rows.train if baselines else None, project)
+        asked, base = replica_of(fleet, version.name)
+        shown = replayed(registered, version, asked)
+        found = assessed(registered, version, recipe, (asked.url, base), shown, questions, rows.train if baselines else None, project)
     return record(registered, version, replace(found, dataset_digest=rows.digest))
 
 
@@ -113,6 +126,7 @@ def assessed(
     version: Version,
     recipe: FinetuneRecipe,
     replica: tuple[str, str],
+    shown: Parity,
     questions: Sequence[Example],
     train: Sequence[Example] | None,
     project: Project,
@@ -126,11 +140,13 @@ def assessed(
     its_answers = own if same else answers_of(url, champion.label, questions, file) if champion else None
     others = {BASE: answers_of(url, base, questions, file)}
     if train is not None:
-        shown = [with_shots(question, train, SHOTS, MAX_IMAGES) for question in questions]
-        answered = answers_of(url, base, shown, file)
+        primed = [with_shots(question, train, SHOTS, MAX_IMAGES) for question in questions]
+        answered = answers_of(url, base, primed, file)
         own_examples = zip(answered.answers, questions, strict=True)
         others[FEW_SHOT] = Evaluation(tuple(replace(answer, example=question) for answer, question in own_examples))
-    return assess(version.label, own, (champion.label, its_answers) if champion and its_answers else None, others, recipe.promotion, same_digest=same)
+    return assess(
+        version.label, own, (champion.label, its_answers) if champion and its_answers else None, others, recipe.promotion, same_digest=same, parity=shown
+    )
 
 
 def every_nth(questions: Sequence[Example], limit: int | None) -> Sequence[Example]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.assessment import BASE, CHAMPION, assess
 from pipeline.evaluation import Answer, Evaluation
 from pipeline.example import Example
+from pipeline.parity import NO_REFERENCE, Mismatch, Parity
 from pipeline.recipe import PromotionRules
 from tests.conftest import write_image
 
@@ -61,4 +62,21 @@ def test_the_first_version_and_the_same_one_again() -> None:
     again = assess("shop/2", own, ("shop/1", own), {}, RULES, same_digest=True)
     assert (again.decision.verdict, again.decision.reasons[0].code) == ("keep", "same-adapter")
     assert assess("shop/2", own, ("shop/1", own), {}, RULES).decision.reasons[0].code == "no-gain"
-    assert assess("shop/2", own, ("shop/1", answers([WRONG] * 40)), {}, RULES, faithful_fault="token 7").decision.verdict == "refuse"
+
+
+def test_what_is_not_served_as_trained_is_refused_and_what_is_not_known_if_the_rules_ask_for_it() -> None:
+    own, champion = answers([RIGHT] * 40), ("shop/1", answers([WRONG] * 40))
+    differs = Parity("adapter-differs", (Mismatch("adapter", "text", "token 7 is apart"),))
+    lax = PromotionRules(require_parity=False)
+    for parity, rules, verdict in [
+        (Parity("faithful"), RULES, "promote"),
+        (differs, RULES, "refuse"),
+        (differs, lax, "refuse"),
+        (NO_REFERENCE, RULES, "refuse"),
+        (NO_REFERENCE, lax, "promote"),
+        (None, RULES, "promote"),
+    ]:
+        assert assess("shop/2", own, champion, {}, rules, parity=parity).decision.verdict == verdict
+    found = assess("shop/2", own, champion, {}, RULES, parity=differs)
+    assert found.decision.reasons[0].code == "not-faithful" and "token 7" in found.decision.text
+    assert found.as_dict()["parity"]["verdict"] == "adapter-differs" and json.loads(json.dumps(found.as_dict())) == found.as_dict()

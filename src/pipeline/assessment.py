@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.comparison import Comparison, compare, worst
 from pipeline.decision import Decision, Evidence, decide
 from pipeline.evaluation import METRICS, Answer, Evaluation, data_url
+from pipeline.parity import Parity
 from pipeline.recipe import PromotionRules
 
 BASE, FEW_SHOT, CHAMPION = "base", "base with examples", "champion"
@@ -34,6 +35,8 @@ class Assessment:
     against: Mapping[str, Sequence[Comparison]]
     decision: Decision
     dataset_digest: str = ""
+    parity: Parity | None = None
+    """None where nothing was replayed."""
     run_id: str = field(default="", compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,6 +50,7 @@ class Assessment:
             "scores": {side: figures(answers) for side, answers in sides.items()},
             "parts": {part: {side: part_mean(answers, part, self.rules.metric) for side, answers in sides.items()} for part in self.own.parts},
             "against": {self._name(side): [comparison.as_dict() for comparison in found] for side, found in self.against.items()},
+            "parity": self.parity.as_dict() if self.parity else None,
             "decision": self.decision.as_dict(),
             "mlflow_run_id": self.run_id,
         }
@@ -91,6 +95,7 @@ class Assessment:
             parts = ", ".join(f"{part} {part_mean(answers, part, metric):.1%}" for part in answers.parts)
             found.append(f"{side:>20}: {answers.mean(metric):.1%} ({parts})")
         found += [f"against {self._name(side)}: {comparisons[0]}" for side, comparisons in self.against.items()]
+        found += [f"parity: {self.parity.verdict}, {self.parity.reason}"] if self.parity else []
         return [*found, f"decision: {self.decision.text}"]
 
     def markdown(self) -> str:
@@ -118,7 +123,7 @@ def assess(
     *,
     same_digest: bool = False,
     dataset_digest: str = "",
-    faithful_fault: str | None = None,
+    parity: Parity | None = None,
 ) -> Assessment:
     """Compares and decides. `champion`: its label and its answers to the same examples; `same_digest`: it has the very same weights."""
     sides = {**({CHAMPION: champion[1]} if champion else {}), **others}
@@ -130,9 +135,15 @@ def assess(
         champion=champion[0] if champion else None,
         against_champion=against.get(CHAMPION),
         same_digest=same_digest,
-        faithful_fault=faithful_fault,
+        faithful_fault=parity_fault(parity, rules) if parity else None,
     )
-    return Assessment(version, champion[0] if champion else None, rules, own, sides, against, decide(evidence, rules), dataset_digest)
+    return Assessment(version, champion[0] if champion else None, rules, own, sides, against, decide(evidence, rules), dataset_digest, parity)
+
+
+def parity_fault(parity: Parity, rules: PromotionRules) -> str | None:
+    """Why the version cannot count as served as trained; None if it can, or if nothing speaks against it and the rules ask for no proof."""
+    unknown = parity.verdict in ("no-reference", "not-compared")
+    return None if parity.faithful or (unknown and not rules.require_parity) else parity.reason
 
 
 def figures(answers: Evaluation) -> dict[str, Any]:

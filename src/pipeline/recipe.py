@@ -178,6 +178,9 @@ class PromotionRules(Section):
     """95 of 100 answers must be there within this, asked 16 at a time."""
     min_examples: Annotated[int, Field(ge=2)] = 20
     """Fewer held-out rows decide nothing."""
+    require_parity: bool = True
+    """The server must be shown to read and answer prompts as training did (the version's parity.json). False lets a version pass that has no such reference, or whose
+    served precision has no known tolerance; one that is shown to be served otherwise is refused all the same."""
 
 
 class FinetuneRecipe(Section):

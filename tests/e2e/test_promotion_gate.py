@@ -37,6 +37,7 @@ def test_an_evaluation_changes_nothing_and_is_recorded(quickstart: Quickstart, r
     assert said["decision"]["verdict"] == "keep" and said["decision"]["reasons"][0]["code"] == "same-adapter"
     assert said["examples"] >= ROWS and set(said["scores"]) == {"catalog/1", "base", "base with examples"}
     assert said["scores"]["catalog/1"]["score"] > 0.9 and said["scores"]["base"]["score"] < 0.1
+    assert said["parity"]["verdict"] == "faithful"
     overall = said["against"]["base"][0]
     assert overall["low"] > 0.5 and overall["examples"] == said["examples"]
     run = quickstart.registry.client.get_run(said["mlflow_run_id"])
@@ -49,7 +50,7 @@ def test_a_worse_version_is_kept_out_and_told_why(quickstart: Quickstart, recipe
     worse = register_variant(quickstart, tmp_path / "adapter", 0.3)
     done = quickstart.sandbox.run("promote", worse.label, "--recipe", recipe, "--json", seconds=300)
     assert done.returncode == 1
-    assert f"{worse.label} is not promoted, refuse: " in done.stderr and "part-worse" in done.stderr and "json" in done.stderr
+    assert f"{worse.label} is not promoted, refuse: " in done.stderr and "part-worse" in done.stderr and "json" in done.stderr and "not-faithful" in done.stderr
     assert not json.loads(done.stdout.splitlines()[-1])["ok"]
     assert answering(quickstart, "catalog").startswith("catalog/1@")
     newest = entries(quickstart)[0]
