@@ -177,6 +177,14 @@ def test_without_a_known_tolerance_nothing_passes() -> None:
     assert found.verdict == "not-compared" and "int4" in found.reason
 
 
+@pytest.mark.parametrize("pair", TOLERANCES)
+def test_every_tolerance_lies_between_what_was_measured_and_what_must_be_seen(pair: tuple[str, str]) -> None:
+    """Measured on the tiny model: noise, and what the smallest damage that was tried moved (an adapter at 1.1 times its scale)."""
+    tolerance = TOLERANCES[pair]
+    noise, mean = (1.7e-5, 1.6e-6) if pair == ("float32", "float32") else (0.233, 0.0183)
+    assert 2 * noise < tolerance.max < 0.57 and 2 * mean < tolerance.mean < 0.067
+
+
 def test_the_first_cause_on_the_way_is_the_verdict() -> None:
     found = judged(served(prompt_tokens=[1, 3, 4]), served(base=moved(BASE, 1, 1)), served(adapter=BASE))
     assert found.verdict == "prompt-differs" and kinds(found) == ["tokens", "base"]

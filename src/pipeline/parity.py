@@ -47,15 +47,16 @@ class Tolerance:
     source: str
 
 
-_FLOAT32 = Tolerance(1e-3, 1e-3, "vLLM against PEFT, tiny GLM-4.5V on a CPU: at most 1e-5")
-_BFLOAT16 = Tolerance(0.15, 0.03, "vLLM against PEFT, tiny GLM-4.5V on a CPU: at most 0.07, 0.010 on average")
+_FLOAT32 = Tolerance(1e-3, 1e-3, "measured, vLLM against PEFT, tiny GLM-4.5V on a CPU, 642 tokens: at most 1.7e-5")
+_BFLOAT16 = Tolerance(0.5, 0.05, "measured likewise, bfloat16 on either side or both: at most 0.23, on average at most 0.018")
 TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
     ("float32", "float32"): _FLOAT32,
     ("float32", "bfloat16"): _BFLOAT16,
     ("bfloat16", "float32"): _BFLOAT16,
     ("bfloat16", "bfloat16"): _BFLOAT16,
 }
-"""By the reference's precision and the replica's."""
+"""By the reference's precision and the replica's. In bfloat16 answers that a model finds unlikely (log-probability -10 and less) move most. What must be seen is
+further away: on the same model a lost k_proj of one layer of four 0.87 (mean 0.13), an adapter at 1.1 times its scale 0.57 (0.067)."""
 
 
 def digest_of(values: "np.ndarray[Any, Any]") -> str:

@@ -82,8 +82,15 @@ def expected(question: Question, pictures: Mapping[str, str], template: Any, mod
     inputs = model_inputs(prompt + answer, asked, model)
     with model.disable_adapter():
         base = logprobs(model, inputs, answer)
-    values = {"pixels": pixels, "grids": grids, "base": base, "adapter": logprobs(model, inputs, answer)}
-    return Expected(**question.model_dump(), prompt_tokens=tuple(prompt), answer_tokens=tuple(answer), **values)
+    return Expected(
+        **question.model_dump(),
+        prompt_tokens=tuple(prompt),
+        answer_tokens=tuple(answer),
+        pixels=pixels,
+        grids=tuple(map(tuple, grids)),
+        base=base,
+        adapter=logprobs(model, inputs, answer),
+    )
 
 
 def digests(pixels: Any, image_processor: Any) -> dict[str, str]:

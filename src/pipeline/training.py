@@ -242,7 +242,7 @@ def make_reference(recipe: FinetuneRecipe, base: BaseModel, adapter: Adapter, da
             return text
     process.wait_ended(folder / LEASE)  # of a killed command the training, or this, may still be ending
     questions = questions_of(dataset.eval)
-    task = {"base": str(base.folder), "base_revision": base.revision, "adapter": str(adapter.folder), "adapter_digest": adapter.digest}
+    task: dict[str, object] = {"base": str(base.folder), "base_revision": base.revision, "adapter": str(adapter.folder), "adapter_digest": adapter.digest}
     task |= {"precision": recipe.training.precision, "device": recipe.training.device, "attention": recipe.training.attention}
     task |= {"template_digest": template_digest(), "images": questions.images, "questions": [each.model_dump() for each in questions.questions]}
     task_file.write_text(json.dumps(task), "utf-8")

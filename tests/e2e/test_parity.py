@@ -163,4 +163,4 @@ def test_an_adapter_that_is_applied_in_part_or_at_another_scale_is_found(twin: T
     found = replay(twin.replica, other, reference.model_copy(update={"adapter_digest": other.digest}))
     print(f"{damage}: {found.adapter}")
     assert found.verdict == "adapter-differs" and "in part or at another scale" in found.reason
-    assert found.base and found.base.max < 1e-3 and found.adapter and found.adapter.max > 0.15, "seen in bfloat16 too"
+    assert found.base and found.base.max < 1e-3 and found.adapter and found.adapter.max > 0.5, "seen in bfloat16 too"
