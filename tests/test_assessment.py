@@ -79,4 +79,4 @@ def test_what_is_not_served_as_trained_is_refused_and_what_is_not_known_if_the_r
         assert assess("shop/2", own, champion, {}, rules, parity=parity).decision.verdict == verdict
     found = assess("shop/2", own, champion, {}, RULES, parity=differs)
     assert found.decision.reasons[0].code == "not-faithful" and "token 7" in found.decision.text
-    assert found.as_dict()["parity"]["verdict"] == "adapter-differs" and json.loads(json.dumps(found.as_dict())) == found.as_dict()
+    assert json.loads(json.dumps(found.as_dict()))["parity"]["verdict"] == "adapter-differs"

@@ -11,7 +11,7 @@ VERSION = Version("shop", "2", "bb" * 32, "base", "template", "run")
 
 
 def answers(right: dict[str, int], wrong: dict[str, int], text: str = "") -> Evaluation:
-    given = [(kind, True) for kind, count in right.items() for _ in range(count)] + [(kind, False) for kind, count in wrong.items() for _ in range(count)]
+    given = [(kind, ok) for kind in ("name", "use") for ok, counts in ((True, right), (False, wrong)) for _ in range(counts.get(kind, 0))]
     examples = [
         (Example(({"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}), (), kind, row=row), ok) for row, (kind, ok) in enumerate(given)
     ]
