@@ -136,7 +136,11 @@ def test_what_may_go_and_what_stays(full: Project) -> None:
     assert can_go(entries, disk.BASES) == {"tiny-000000000000", ".tiny-000000000000.draft"}
     assert can_go(entries, disk.CACHES) == {"vllm"}
     assert can_go(entries, disk.RUNS) == {HELD, OLD}
-    assert can_go(entries, disk.LOGS) == {"mlflow.log.1", f"training-{HELD}.log", *(f"training-{'9' * 32}.{end}" for end in ("log", "log.1", "parity.log", "ranks"))}
+    assert can_go(entries, disk.LOGS) == {
+        "mlflow.log.1",
+        f"training-{HELD}.log",
+        *(f"training-{'9' * 32}.{end}" for end in ("log", "log.1", "parity.log", "ranks")),
+    }
     assert can_go(entries, disk.SERVED) == {LOST, ".unfinished-12ab"}
     assert can_go(entries, disk.ARTIFACTS) == {DELETED, "7" * 32}
     assert "only one" in reason(entries, NAMED, disk.RUNS)

@@ -83,4 +83,4 @@ def test_workers_end_with_their_parent_at_once(deeds: str, tmp_path: Path, sign:
         process.send_signal(sign)
         process.wait(5)
     _, alive = psutil.wait_procs(found, timeout=3)
-    assert alive == []
+    assert [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE] == []  # a zombie has ended, and waits for init to take note
