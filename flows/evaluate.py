@@ -28,8 +28,7 @@ from pipeline.registry import Registry, Version
 from pipeline.serving.client import Replica
 
 SHOTS = 3
-MAX_IMAGES = 4
-"""What a serving recipe allows a request by default."""
+"""Training rows in front of each question, for the base that is shown examples."""
 
 
 def recipe_of(registered: Registry, version: Version, recipe_path: str | None) -> FinetuneRecipe:
@@ -140,7 +139,8 @@ def assessed(
     its_answers = own if same else answers_of(url, champion.label, questions, file) if champion else None
     others = {BASE: answers_of(url, base, questions, file)}
     if train is not None:
-        primed = [with_shots(question, train, SHOTS, MAX_IMAGES) for question in questions]
+        most = max(len(question.images) for question in questions)  # the server is known to take so many
+        primed = [with_shots(question, train, SHOTS, most) for question in questions]
         answered = answers_of(url, base, primed, file)
         own_examples = zip(answered.answers, questions, strict=True)
         others[FEW_SHOT] = Evaluation(tuple(replace(answer, example=question) for answer, question in own_examples))
