@@ -7,7 +7,7 @@ it cannot.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -185,13 +185,10 @@ class Residents:
         try:
             await self._engine.load(adapter)
             mapping = await self._engine.mapping(adapter.lora_id)
-            fingerprint = await self._engine.fingerprint(adapter)
-            base_now = await self._engine.fingerprint(None)
-            others = {
-                other.source.label: (other.fingerprint, await self._engine.fingerprint(other.adapter(other.source.name, other.source.version)))
-                for other in self._held.values()
-                if other.idle_since is None  # nobody asks the others any more
-            }
+            named = [other for other in self._held.values() if other.idle_since is None]  # nobody asks the others any more
+            asked = [adapter, None, *(other.adapter(other.source.name, other.source.version) for other in named)]
+            fingerprint, base_now, *theirs = await self._fingerprints(asked)
+            others = {other.source.label: (other.fingerprint, now) for other, now in zip(named, theirs, strict=True)}
             seen = verify(fingerprint, (base, base_now), others, mapping, self._settings.float32)
         except BaseException as error:  # also a cancelled one: what is not verified must not stay
             await asyncio.shield(self._engine.unload(adapter.lora_id))
@@ -203,6 +200,16 @@ class Residents:
         fields = {"event": "adapter loaded", "model": version.name, "version": version.version, "digest": version.digest, "seconds": round(seconds, 3)}
         logger.info("%s: loaded and verified", adapter.engine_name, extra={**fields, "differs_by": round(seen.differs_by, 4)})
         return Resident(version, adapter.digest, folder, fused, fingerprint, replace(seen, seconds=seconds))
+
+    async def _fingerprints(self, adapters: Sequence[ServedAdapter | None]) -> list[Fingerprint]:
+        """All at once: one after another, each would wait for a step of its own behind users' requests."""
+        looks = [asyncio.ensure_future(self._engine.fingerprint(adapter)) for adapter in adapters]
+        try:
+            return await asyncio.gather(*looks)
+        finally:  # nothing may still ask for an adapter that is unloaded next
+            for look in looks:
+                look.cancel()
+            await asyncio.gather(*looks, return_exceptions=True)
 
     async def _make_room(self) -> None:
         """Returns once one more adapter fits. Raises VersionRefused (no-room) if every one is needed, or its last requests do not end."""
