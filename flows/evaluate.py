@@ -20,6 +20,7 @@ from pipeline.evaluation import evaluate as ask
 from pipeline.example import Example
 from pipeline.fleet import Fleet, open_fleet
 from pipeline.in_context import with_shots
+from pipeline.lock import model_lock
 from pipeline.parity import Parity
 from pipeline.progress import progress
 from pipeline.project import Project, find_project
@@ -113,7 +114,7 @@ def examine(
     recipe = recipe_of(registered, version, recipe_path)
     rows = load_dataset(recipe.dataset, project)
     questions = every_nth(rows.eval, limit)
-    with trial.on_trial(registered, version, fleet, trial.lock_file(project, version.name)):
+    with trial.on_trial(registered, version, fleet, model_lock(project, "trial", version.name)):
         asked, base = replica_of(fleet, version.name)
         shown = replayed(registered, version, asked)
         found = assessed(registered, version, recipe, (asked.url, base), shown, questions, rows.train if baselines else None, project)

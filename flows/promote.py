@@ -14,6 +14,7 @@ from pipeline.errors import TuneserveError
 from pipeline.fleet import open_fleet
 from pipeline.history import Grounds
 from pipeline.lineage import code_lineage
+from pipeline.lock import model_lock
 from pipeline.project import Project, find_project
 from pipeline.promotion import Promotion
 from pipeline.registry import Registry
@@ -56,7 +57,7 @@ def promote(
     project = find_project()
     registered = Registry(registry.tracking_uri())
     chosen = registered.version(name, version)
-    lock = promotion.lock_file(project, name)
+    lock = model_lock(project, "promote", name)
     with open_fleet(project, replicas, unreachable_fails=unreachable_fails) as fleet:  # the token is read there: a flow's parameters are stored
         if canary_percent is not None:
             return Outcome(start_canary(registered, chosen, canary_percent, fleet, lock))
@@ -86,7 +87,7 @@ def rollback(name: str, to: str | None = None, replicas: list[str] | None = None
     project = find_project()
     registered = Registry(registry.tracking_uri())
     target = promotion.rollback_target(registered, name, to)
-    lock = promotion.lock_file(project, name)
+    lock = model_lock(project, "promote", name)
     with open_fleet(project, replicas, unreachable_fails=unreachable_fails) as fleet:
         return move_alias(registered, target, fleet if wait else None, lock, grounds=grounds(project, "rolled back"), rolls_back=True)
 

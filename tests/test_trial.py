@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import convergence
 from pipeline.errors import ServingError
+from pipeline.lock import Lock
 from pipeline.registry import Version
 from pipeline.trial import on_trial
 from tests.replicas import FakeReplica, fleet_of, model, served
@@ -47,7 +48,7 @@ def replica(registry: FakeRegistry, **more: Any) -> FakeReplica:
 def test_it_is_served_during_the_trial_and_forgotten_afterwards(tmp_path: Path) -> None:
     registry = FakeRegistry()
     said = replica(registry)
-    with fleet_of({A: said}) as fleet, on_trial(registry, VERSION, fleet, tmp_path / "lock", 5) as reach:  # type: ignore[arg-type]
+    with fleet_of({A: said}) as fleet, on_trial(registry, VERSION, fleet, Lock("trial/shop", tmp_path / "lock"), 5) as reach:  # type: ignore[arg-type]
         assert reach.replicas == (A,) and registry.trial == ["2"]
     assert registry.trial == ["2", None]
     assert {hint["alias"] for hint in said.hints} == {"on-trial"}
@@ -57,13 +58,17 @@ def test_a_refusal_ends_the_trial_with_its_reason(tmp_path: Path) -> None:
     registry = FakeRegistry()
     refused = [{**served("2", "bb" * 32), "code": "dora", "message": "it is a DoRA adapter", "attempts": attempt} for attempt in (3,)]
     with fleet_of({A: replica(registry, refused=refused)}) as fleet, pytest.raises(ServingError, match="does not serve shop/2: it is a DoRA adapter"):  # noqa: SIM117
-        with on_trial(registry, VERSION, fleet, tmp_path / "lock", 0.1):  # type: ignore[arg-type]
+        with on_trial(registry, VERSION, fleet, Lock("trial/shop", tmp_path / "lock"), 0.1):  # type: ignore[arg-type]
             pytest.fail("nothing was served")
     assert registry.trial == ["2", None]
 
 
 def test_an_error_during_the_trial_ends_it(tmp_path: Path) -> None:
     registry = FakeRegistry()
-    with fleet_of({A: replica(registry)}) as fleet, pytest.raises(KeyboardInterrupt), on_trial(registry, VERSION, fleet, tmp_path / "lock", 5):  # type: ignore[arg-type]
+    with (
+        fleet_of({A: replica(registry)}) as fleet,
+        pytest.raises(KeyboardInterrupt),
+        on_trial(registry, VERSION, fleet, Lock("trial/shop", tmp_path / "lock"), 5),
+    ):  # type: ignore[arg-type]
         raise KeyboardInterrupt
     assert registry.trial == ["2", None]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipeline.convergence import Reach
     from pipeline.fleet import Fleet
     from pipeline.fleet_status import FleetStatus, ReplicaReport
+    from pipeline.lock import Lock
     from pipeline.project import Project
     from pipeline.promotion import Promotion
     from pipeline.recipe import ServingRecipe
@@ -133,7 +134,7 @@ def canary(name: str, share: str, recipe_path: Path | None, replica_urls: tuple[
     name, _ = adapter_of(name, versioned=False)
     percent = None if share == "end" else _percent(share)
 
-    def change(registry: "Registry", fleet: "Fleet", lock: Path) -> None:
+    def change(registry: "Registry", fleet: "Fleet", lock: "Lock") -> None:
         from pipeline import promotion
 
         if percent is not None:
@@ -163,7 +164,7 @@ def disable(adapter: str, reason: str, recipe_path: Path | None, replica_urls: t
     name, version = adapter_of(adapter)
     switched_off_now(reason)  # a wrong reason is said before any server starts
 
-    def change(registry: "Registry", fleet: "Fleet", lock: Path) -> None:
+    def change(registry: "Registry", fleet: "Fleet", lock: "Lock") -> None:
         from pipeline import promotion
 
         done = promotion.disable(registry, name, version, reason, fleet)
@@ -181,7 +182,7 @@ def enable(adapter: str, recipe_path: Path | None, replica_urls: tuple[str, ...]
     """Switch a name, or a version, on that was switched off; returns once every ready replica shows it."""
     name, version = adapter_of(adapter)
 
-    def change(registry: "Registry", fleet: "Fleet", lock: Path) -> None:
+    def change(registry: "Registry", fleet: "Fleet", lock: "Lock") -> None:
         from pipeline import promotion
 
         done = promotion.enable(registry, name, version, fleet)
@@ -262,7 +263,7 @@ def _unreachable_fails(recipe: "ServingRecipe | None") -> bool:
     return recipe is not None and recipe.unreachable_replicas == "fail"
 
 
-def _change(name: str, recipe_path: Path | None, urls: Sequence[str], change: "Callable[[Registry, Fleet, Path], None]") -> None:
+def _change(name: str, recipe_path: Path | None, urls: Sequence[str], change: "Callable[[Registry, Fleet, Lock], None]") -> None:
     """Runs `change` with the registry, the replicas and the file that holds back other changes; needs no Prefect."""
     recipe, checked = chosen_replicas(recipe_path, urls)
     from pipeline import services
@@ -272,11 +273,11 @@ def _change(name: str, recipe_path: Path | None, urls: Sequence[str], change: "C
         with progress("MLflow"):
             uri = stack.enter_context(services.tracking(project))
         from pipeline.fleet import addresses_of, open_fleet
-        from pipeline.promotion import lock_file
+        from pipeline.lock import model_lock
         from pipeline.registry import Registry
 
         fleet = stack.enter_context(open_fleet(project, addresses_of(project, recipe, checked), unreachable_fails=_unreachable_fails(recipe)))
-        change(Registry(uri), fleet, lock_file(project, name))
+        change(Registry(uri), fleet, model_lock(project, "promote", name))
 
 
 def _show(said: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:

@@ -2,24 +2,17 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from pipeline.convergence import WAIT_SECONDS, Change, Reach, look_first, spread, why_not
 from pipeline.fleet import Fleet
-from pipeline.process import locked
-from pipeline.project import Project
+from pipeline.lock import Lock
 from pipeline.registry import Registry, Version
 from pipeline.serving.client import ServedModel
 from pipeline.version import TRIAL
 
 
-def lock_file(project: Project, name: str) -> Path:
-    """Held while a version of the model is on trial: there is one alias for it."""
-    return project.services / f"trial-{name}.lock"
-
-
 @contextlib.contextmanager
-def on_trial(registry: Registry, version: Version, fleet: Fleet, lock: Path, wait_seconds: float = WAIT_SECONDS) -> Iterator[Reach]:
+def on_trial(registry: Registry, version: Version, fleet: Fleet, lock: Lock, wait_seconds: float = WAIT_SECONDS) -> Iterator[Reach]:
     """Waits for other trials of the model, then until every ready replica serves `version`, verified. A killed trial leaves the alias; the next one moves it.
 
     Raises ServingError, with the replica's reason, if one does not.
@@ -32,7 +25,7 @@ def on_trial(registry: Registry, version: Version, fleet: Fleet, lock: Path, wai
             return None
         return why_not(model, version, None)
 
-    with locked(lock):
+    with lock.held():
         looks = look_first(fleet, version.name)
         change = Change(version.name, TRIAL, version.version, version.digest, shows, f"does not serve {version.label}")
         try:
