@@ -1,7 +1,6 @@
 """A judge behind the chat completions API grades answers; what it must not see, and what must not be seen of its key."""
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -157,7 +156,7 @@ def test_the_key_comes_from_the_variable_and_is_sent(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("value", [None, "", " \n"])
 def test_a_missing_key_says_which_variable_to_set(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {} if value is None else {"JUDGE_KEY": value})
+    monkeypatch.delenv("JUDGE_KEY", raising=False) if value is None else monkeypatch.setenv("JUDGE_KEY", value)
     with pytest.raises(InvalidInput, match="the environment variable JUDGE_KEY is not set; set it to the key of http://j/v1"):
         api_key(Judge(url="http://j/v1", model="j", api_key_env="JUDGE_KEY"))
 
