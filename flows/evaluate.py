@@ -122,7 +122,10 @@ def examine(
     limit: int | None = None,
     evaluate_on: str | None = None,
 ) -> Assessment:
-    """Puts a version on trial, asks it, the champion and the base, decides, and records all of it. Raises ServingError if a replica does not serve it."""
+    """Puts a version on trial, asks it, the champion and the base, has a judge grade them if the rules name one, decides, and records all of it.
+
+    `evaluate_on` and the others as in `evaluate`. Raises ServingError if a replica does not serve it, or the judge does not grade; InvalidInput without the judge's key.
+    """
     recipe = recipe_of(registered, version, recipe_path)
     rules = recipe.promotion
     if rules.judge:

@@ -115,6 +115,7 @@ def test_an_answer_without_a_grade_fails_and_is_no_zero() -> None:
         ('{"grade": null}', None),
         ('{"mark": 5}', None),
         ('{"grade": NaN}', None),
+        ("<think>Between 3 and", None),
         ("-3", None),
         ("100%", None),
         ("1,000 or 3.1.4 or v2", None),

@@ -103,7 +103,7 @@ def messages(answer: Answer, judge: Judge, *, again: bool = False) -> list[dict[
 
 def grade_of(text: str) -> float | None:
     """The grade in a judge's reply, 0 to 1: `grade` of the first JSON object, else the first number from 0 to BEST, thoughts aside; None if it is none."""
-    reply = text.rpartition("</think>")[2]
+    reply = text.rpartition("</think>")[2].partition("<think>")[0]  # a thought that was cut off has no end
     found = _first_object(reply)
     numbers = [str(found.get("grade"))] if found is not None else NUMBER_IN_TEXT.findall(reply)
     grades = [float(number) for number in numbers if NUMBER.fullmatch(number.strip())]
