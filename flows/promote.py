@@ -49,10 +49,12 @@ def promote(
     wait: bool = True,
     force: bool = False,
     recipe_path: str | None = None,
+    evaluate_on: str | None = None,
 ) -> Outcome:
     """Makes a version (None: the newest) the champion if it is found better on the held-out rows, or by force; or with a percentage the candidate.
 
     `replicas`: their addresses, as in a serving recipe; None: those that run here. `recipe_path`: whose rows and rules count; None: the recipe that it was trained by.
+    `evaluate_on`: the replica that is asked the held-out rows; None: the first of `replicas` that can.
     """
     project = find_project()
     registered = Registry(registry.tracking_uri())
@@ -70,7 +72,7 @@ def promote(
         if champion == chosen.version:
             return Outcome(move_alias(registered, chosen, reached, lock, grounds=grounds(project, "it is the champion already"), instead_of=champion))
         try:
-            found = examine(registered, chosen, fleet, project, recipe_path=recipe_path)
+            found = examine(registered, chosen, fleet, project, recipe_path=recipe_path, evaluate_on=evaluate_on)
         except TuneserveError as error:
             promotion.decline(registered, chosen, lock, "failed", grounds(project, str(error).partition("\n")[0]))
             raise

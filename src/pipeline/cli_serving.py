@@ -42,6 +42,13 @@ finetune_option = click.option(
 )
 
 
+evaluate_on_option = click.option(
+    "--evaluate-on",
+    metavar="URL",
+    help="The replica that is asked the held-out questions; default: the serving recipe's `evaluation_replica:`, else the first that follows NAME.",
+)
+
+
 def fleet_options(command: Callable[..., None]) -> Callable[..., None]:
     """Which replicas a command is about."""
     serving = click.option(
@@ -63,6 +70,7 @@ def fleet_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--wait/--no-wait", default=True, help="Wait until every ready replica serves it (default), or only move the alias.")
 @click.option("--force", is_flag=True, help="Do not compare it with the champion; recorded as such. Replicas still refuse what they cannot serve.")
 @finetune_option
+@evaluate_on_option
 @fleet_options
 @json_option
 def promote(
@@ -71,6 +79,7 @@ def promote(
     wait: bool,
     force: bool,
     finetune_path: Path | None,
+    evaluate_on: str | None,
     recipe_path: Path | None,
     replica_urls: tuple[str, ...],
     as_json: bool,
@@ -87,14 +96,17 @@ def promote(
     percent = _percent(canary) if canary is not None else None
     if percent is not None and not wait:
         raise InvalidInput([Fault("--no-wait", "", "a canary is always waited for; leave --no-wait or --canary out")])
+    if evaluate_on and (force or percent is not None):
+        raise InvalidInput([Fault("--evaluate-on", "", "nothing is evaluated with --force or --canary; leave --evaluate-on or that out")])
     recipe, urls = chosen_replicas(recipe_path, replica_urls)
+    asked = evaluation_replica(recipe, evaluate_on)
     with opened_project() as project, flow_servers(project) as (mlflow_uri, _):
         from flows.promote import promote as flow
         from pipeline.fleet import addresses_of
 
         addresses, fails = addresses_of(project, recipe, urls), _unreachable_fails(recipe)
         rows = str(finetune_path) if finetune_path else None
-        done = flow(name, version, addresses, canary_percent=percent, unreachable_fails=fails, wait=wait, force=force, recipe_path=rows)
+        done = flow(name, version, addresses, canary_percent=percent, unreachable_fails=fails, wait=wait, force=force, recipe_path=rows, evaluate_on=asked)
     if done.assessment and not as_json:
         click.echo("\n".join(done.assessment.lines()))
     if done.promotion is None:
@@ -244,9 +256,21 @@ def _percent(text: str) -> float:
 
 def chosen_replicas(recipe_path: Path | None, urls: Sequence[str]) -> "tuple[ServingRecipe | None, list[str]]":
     """The recipe and the addresses that a command was given, checked."""
+    from pipeline.recipe import ServingRecipe, load_recipe
+
+    checked = _checked(urls)
+    return load_recipe(recipe_path, ServingRecipe) if recipe_path else None, checked
+
+
+def evaluation_replica(recipe: "ServingRecipe | None", url: str | None) -> str | None:
+    """The address of the replica that is asked the held-out questions, checked: `url`, else the recipe's; None: any of those chosen."""
+    return _checked([url])[0] if url else recipe.evaluation_replica if recipe else None
+
+
+def _checked(urls: Sequence[str]) -> list[str]:
     from pydantic import TypeAdapter, ValidationError
 
-    from pipeline.recipe import ReplicaAddress, ServingRecipe, load_recipe
+    from pipeline.recipe import ReplicaAddress
 
     checked = [url.rstrip("/") for url in urls]
     try:
@@ -256,7 +280,7 @@ def chosen_replicas(recipe_path: Path | None, urls: Sequence[str]) -> "tuple[Ser
         raise InvalidInput(
             [Fault(url, "", "is no replica's address; give http://HOST:PORT, or dns://HOST:PORT for every address of a name") for url in wrong]
         ) from None
-    return load_recipe(recipe_path, ServingRecipe) if recipe_path else None, checked
+    return checked
 
 
 def _unreachable_fails(recipe: "ServingRecipe | None") -> bool:
