@@ -19,14 +19,14 @@ MEASURES = {
 
 
 class Timing(NamedTuple):
-    """A duration's sum in seconds over `count` times that it was measured."""
+    """A duration's sum in seconds over `samples` times that it was measured."""
 
     seconds: float = 0.0
-    count: float = 0.0
+    samples: float = 0.0
 
     @property
     def mean(self) -> float:
-        return self.seconds / self.count if self.count else 0.0
+        return self.seconds / self.samples if self.samples else 0.0
 
 
 class Tally(NamedTuple):

@@ -74,7 +74,7 @@ def slowdowns(now: Tally, before: Tally, min_samples: int) -> dict[str, float]:
     return {
         measure: timing.mean / then.mean
         for measure, (timing, then) in pairs.items()
-        if min(timing.count, then.count) >= min_samples and timing.seconds > 0 and then.seconds > 0
+        if min(timing.samples, then.samples) >= min_samples and timing.seconds > 0 and then.seconds > 0
     }
 
 
