@@ -12,7 +12,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from pipeline import cli_serving
 from pipeline.adapter import read_adapter
+from pipeline.errors import InvalidInput
 from pipeline.registry import Registry, Version
 from pipeline.switch import Disabled
 from pipeline.version import BASE_REVISION_TAG, CANARY_TAG, DIGEST_TAG, DISABLED_TAG, TEMPLATE_DIGEST_TAG
@@ -209,6 +211,41 @@ def test_canaries_and_switches_from_the_command_line(home: Path, registered: tup
     assert registry.deployment("shop").tags_of("1")
     shown = tuneserve(home, "enable", "shop/1", "--replica", url, mlflow=registry.uri)
     assert shown.returncode == 0 and f"shop/1 is switched on\nit is so on {url}" in shown.stdout
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1h", 3600), ("1.5m", 90), (" 2m ", 120)])
+def test_a_duration_has_a_unit(text: str, seconds: float) -> None:
+    assert cli_serving._seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["10", "", "0s", "-1m", "1d", "m", "nan s", "1h30m"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput, match="90s, 10m or 1h"):
+        cli_serving._seconds(text)
+
+
+def test_canary_steps_grow() -> None:
+    assert cli_serving._percents("10%") == [10.0] and cli_serving._percents("5%,25%, 50") == [5.0, 25.0, 50.0]
+    for text in ("25%,5%", "5%,5%"):
+        with pytest.raises(InvalidInput, match="shares that grow"):
+            cli_serving._percents(text)
+    with pytest.raises(InvalidInput, match="0% to 100%"):
+        cli_serving._percents("5%,,50%")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--watch", "10"], "is no duration"),
+        (["--watch", "10m", "--no-wait"], "what is watched must be live first"),
+        (["--canary", "5%,25%"], "say for how long: --watch 10m"),
+        (["--canary", "5%,25%", "--watch", "soon"], "is no duration"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused_before_anything_starts(home: Path, options: list[str], said: str) -> None:
+    before = files_in(home)
+    done = tuneserve(home, "promote", "shop/2", *options, "--json")
+    assert done.returncode == 2 and said in json.loads(done.stdout)["errors"][0]["message"] and files_in(home) == before
 
 
 def test_a_change_that_cannot_be_made_says_the_remedy(home: Path, registered: tuple[Registry, Version]) -> None:

@@ -142,11 +142,14 @@ def set_canary(registry: Registry, name: str, percent: float, fleet: Fleet, lock
         return _make_candidate(registry, registry.version(name, before.candidate), share, before, fleet, wait_seconds, check)
 
 
-def end_canary(registry: Registry, name: str, fleet: Fleet, lock: Lock, wait_seconds: float = WAIT_SECONDS) -> Ended:
-    """Takes the candidate's alias and share away and waits until no ready replica gives it requests. It is so afterwards also if a replica does not follow."""
+def end_canary(registry: Registry, name: str, fleet: Fleet, lock: Lock, wait_seconds: float = WAIT_SECONDS, *, only: str | None = None) -> Ended:
+    """Takes the candidate's alias and share away and waits until no ready replica gives it requests. It is so afterwards also if a replica does not follow.
+
+    `only`: the number of the candidate that is meant; another one is left.
+    """
     with lock.held():
         candidate = registry.deployment(name).candidate
-        if candidate is None:
+        if candidate is None or only not in (None, candidate):
             return Ended(None, Reach())
         _take_candidate_away(registry, name, candidate)
         change = Change(name, CANDIDATE, candidate, None, _gives_no_share, f"does not end the canary of {name}")

@@ -176,6 +176,22 @@ class Judge(Section):
     """False keeps the pictures here."""
 
 
+class WatchRules(Section):
+    """When a version that `tuneserve promote --watch` has just brought into production is taken out of it again."""
+
+    window_seconds: Annotated[float, Field(ge=1, le=600)] = 10.0
+    """What is judged at a time; up to six times as much where fewer than min_samples requests ended in it. Shorter finds a breach sooner and is fooled sooner."""
+    min_samples: Annotated[int, Field(ge=2)] = 20
+    """Fewer requests decide nothing, and the time in which fewer ended in a window does not count as watched. Five failures decide in any case."""
+    max_error_rate_gain: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """How much larger than the champion's the share of failed requests may be: 0.02 is two of a hundred. A single failure decides nothing."""
+    slowdown: Annotated[float, Field(gt=1)] = 1.8
+    """So many times the champion's mean time to first token, per token or per request is a breach. Below 2, because what is measured of a version that takes
+    exactly twice as long is below 2 half the time."""
+    poll_seconds: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """Between two looks at the replicas' counters."""
+
+
 class PromotionRules(Section):
     """What a version must show on the recipe's held-out rows before it may become champion."""
 
@@ -201,6 +217,8 @@ class PromotionRules(Section):
     require_parity: bool = True
     """The server must be shown to read and answer prompts as training did (the version's parity.json). False lets a version pass that has no such reference, or whose
     served precision has no known tolerance; one that is shown to be served otherwise is refused all the same."""
+    watch: WatchRules = WatchRules()
+    """What `--watch` holds a version to once it has users."""
 
     def broken_relations(self) -> Iterator[str]:
         if self.metric == "judge" and self.judge is None:
