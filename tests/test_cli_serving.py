@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -168,9 +169,10 @@ def test_what_needs_no_flow_imports_no_prefect() -> None:
 
 
 @pytest.fixture(scope="module")
-def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Registry, Version]]:
+def registered(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[tuple[Registry, Version]]:
     """MLflow's real store in a file, with shop/1, the champion, and shop/2. No canary runs before a test, nor after it."""
     folder = tmp_path_factory.mktemp("store")
+    shutil.copy(empty_store, folder)
     registry = Registry(f"sqlite:///{folder}/mlflow.db")
     with contextlib.chdir(folder):  # where artifacts go
         for scale in (1.0, 2.0):
@@ -213,7 +215,7 @@ def test_canaries_and_switches_from_the_command_line(home: Path, registered: tup
     off = run("disable", "shop/1", "--reason", "wrong prices")
     assert off["disabled"]["reason"] == "wrong prices" and off["changed"] and off["version"] == 1
     assert registry.deployment("shop").tags_of("1")
-    shown = as_process(home, "enable", "shop/1", "--replica", url, mlflow=registry.uri)
+    shown = tuneserve(home, "enable", "shop/1", "--replica", url, mlflow=registry.uri)
     assert shown.returncode == 0 and f"shop/1 is switched on\nit is so on {url}" in shown.stdout
 
 
