@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from pipeline.adapter import read_adapter
-from pipeline.registry import RECIPE_FILE, REFERENCE_FILE, Version
+from pipeline.parity import REFERENCE_FILE
+from pipeline.registry import RECIPE_FILE, Version
 from tests.acceptance.conftest import FINETUNE
 from tests.acceptance.figures import show
 from tests.acceptance.serving_environment import Server, World, engine_name
