@@ -1,7 +1,8 @@
-"""The commands that change and show what is served, as processes: against a small MLflow and replicas on this machine, or none."""
+"""The commands that change and show what is served: against a small MLflow and replicas on this machine, or none."""
 
+import contextlib
 import json
-import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,15 +19,18 @@ from pipeline.errors import InvalidInput
 from pipeline.registry import Registry, Version
 from pipeline.switch import Disabled
 from pipeline.version import BASE_REVISION_TAG, CANARY_TAG, DIGEST_TAG, DISABLED_TAG, TEMPLATE_DIGEST_TAG
+from tests import command
 from tests.conftest import write_adapter
 from tests.replicas import TOKEN, FakeReplica, http_server, model, served
 
 
-def tuneserve(cwd: Path, *args: str, mlflow: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    unwanted = {"PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "TUNESERVE_PROJECT"}
-    kept = {key: value for key, value in os.environ.items() if key not in unwanted}
-    kept |= ({"MLFLOW_TRACKING_URI": mlflow} if mlflow else {}) | environment
-    return subprocess.run([sys.executable, "-m", "pipeline.cli", *args], capture_output=True, text=True, cwd=cwd, env=kept, check=False)
+def tuneserve(cwd: Path, *args: str, mlflow: str | None = None) -> subprocess.CompletedProcess[str]:
+    return command.tuneserve(cwd, *args, **({"MLFLOW_TRACKING_URI": mlflow} if mlflow else {}))
+
+
+def as_process(cwd: Path, *args: str, mlflow: str) -> subprocess.CompletedProcess[str]:
+    environment = command.command_environment(MLFLOW_TRACKING_URI=mlflow)
+    return subprocess.run([sys.executable, "-m", "pipeline.cli", *args], capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 
 
 @pytest.fixture
@@ -86,11 +90,12 @@ def test_status_shows_the_registry_against_each_replica_and_changes_nothing(home
     assert said["registry"]["shop"]["champion"] == {"version": "1", "digest": "1" * 64}
     assert {replica["url"]: replica["state"] for replica in said["replicas"]} == {one: "ready", two: "ready", "http://127.0.0.1:9": "unreachable"}
     assert ["cannot be reached" in problem for problem in said["problems"]] == [True]
-    shown = tuneserve(home, "status", "--replica", one, mlflow=mlflow)
+    shown = as_process(home, "status", "--replica", one, mlflow=mlflow)
     assert shown.returncode == 0 and "every ready replica is as the registry says" in shown.stdout and one in shown.stdout
 
 
-def test_status_fails_if_a_replica_lags_and_forgives_one_that_catches_up(home: Path, serve: Callable[..., str]) -> None:
+def test_status_fails_if_a_replica_lags_and_forgives_one_that_catches_up(home: Path, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_serving, "LAG_SECONDS", 0.05)
     mlflow = serve(SmallMlflow("2"))
     lagging = serve(FakeReplica(shop("1", error="rank 64 > 16", code="rank-too-large")))
     done = tuneserve(home, "status", "--replica", lagging, "--json", mlflow=mlflow)
@@ -164,17 +169,19 @@ def test_what_needs_no_flow_imports_no_prefect() -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-@pytest.fixture
-def registered(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Registry, Version]:
-    """MLflow's real store in a file, with shop/1, the champion, and shop/2."""
-    monkeypatch.chdir(home)
-    registry = Registry(f"sqlite:///{home}/mlflow.db")
-    for scale in (1.0, 2.0):
-        adapter = read_adapter(write_adapter(home / f"adapter-{scale}", scale))
-        with registry.run("shop", {}, {}) as run:
-            version = registry.register("shop", run.run_id, adapter, {}, "base", "template", "i")
-    registry.move_champion("shop", "1")
-    return registry, version
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[tuple[Registry, Version]]:
+    """MLflow's real store in a file, with shop/1, the champion, and shop/2. No canary runs before a test, nor after it."""
+    folder = tmp_path_factory.mktemp("store")
+    shutil.copy(empty_store, folder)
+    registry = Registry(f"sqlite:///{folder}/mlflow.db")
+    with contextlib.chdir(folder):  # where artifacts go
+        for scale in (1.0, 2.0):
+            adapter = read_adapter(write_adapter(folder / f"adapter-{scale}", scale))
+            with registry.run("shop", {}, {}) as run:
+                version = registry.register("shop", run.run_id, adapter, {}, "base", "template", "i")
+        registry.move_champion("shop", "1")
+        yield registry, version
 
 
 def following(registry: Registry) -> FakeReplica:

@@ -519,7 +519,7 @@ def test_what_became_of_each_version_is_on_record(world: Any) -> None:
     promotion.decline(world.registry, world.registry.version("shop", "2"), world.lock, "kept", Grounds("me", "a tie"))
     world.add(B, refuses=("2",))
     with pytest.raises(ServingError, match="rank 64 > 16"):
-        world.promote("2")
+        world.promote("2", wait_seconds=0.5)
     told = [(entry.action, entry.version, entry.before, entry.after) for entry in history(world.registry, "shop")[::-1]]
     assert told == [
         ("moved-outside", "1", None, "1"),
