@@ -171,7 +171,8 @@ async def _post_all(url: str, path: str, posts: Sequence[tuple[bytes, Mapping[st
 
 
 def connections(url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=url, timeout=END_SECONDS, trust_env=False, limits=httpx.Limits(max_connections=None))
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=2.0)  # the server closes an idle one after 5 s, perhaps just when it is used again
+    return httpx.AsyncClient(base_url=url, timeout=END_SECONDS, trust_env=False, limits=limits)
 
 
 def request_body(plan: Plan, model: str, dice: random.Random) -> Body:

@@ -17,7 +17,7 @@ from tests.acceptance.serving_environment import Server, World, engine_name
 MOVES = 50
 REQUESTS = 5_000
 POLLING_SECONDS, PROMOTE_SECONDS = 1.6, 0.8
-PAUSE_SECONDS = 1.0
+PAUSE_SECONDS = 0.5
 """Of each client between its requests while the command runs: it takes one of this machine's two cores, which in production is on another host."""
 BEFORE, AFTER = 0.5, 1.6
 """Seconds around a move: requests that start in them may be under way while the replica looks, fetches, verifies and flips."""
