@@ -11,14 +11,15 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from openai import AsyncOpenAI, OpenAIError
-from openai.types.chat import ChatCompletion
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.dataset import IMAGE_TAG, Example
 from pipeline.errors import ServingError
 from pipeline.progress import Report
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+    from openai.types.chat import ChatCompletion
 
 Asked = TypeVar("Asked")
 Given = TypeVar("Given")
@@ -206,6 +207,8 @@ def evaluate(url: str, model: str, examples: Sequence[Example], report: Report, 
 
 
 async def _ask_all(url: str, model: str, examples: Sequence[Example], report: Report, api_key: str, file: str) -> tuple[Answer, ...]:
+    from openai import AsyncOpenAI, OpenAIError
+
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=RETRIES, timeout=ANSWER_SECONDS) as client:
 
         async def ask(example: Example) -> Answer:
@@ -220,11 +223,14 @@ async def _ask_all(url: str, model: str, examples: Sequence[Example], report: Re
         return tuple(await in_order(ask, examples, CONCURRENCY, report, "answers"))
 
 
-async def complete(client: AsyncOpenAI, body: Mapping[str, Any]) -> ChatCompletion:
+async def complete(client: "AsyncOpenAI", body: Mapping[str, Any]) -> "ChatCompletion":
     """The answer to a chat request, with a choice. Raises OpenAIError once the client's retries are used up, or if it is no such answer.
 
     By the client's `post`: its `chat.completions.create` walks every part of the messages by type, 1.4 ms a request, on a core that the server may need.
     """
+    from openai import OpenAIError
+    from openai.types.chat import ChatCompletion
+
     answer = await client.post("/chat/completions", body=body, cast_to=ChatCompletion)
     if not (isinstance(answer, ChatCompletion) and "choices" in answer.model_fields_set and answer.choices):  # what is no JSON comes as text
         raise OpenAIError("it answers, but not as the chat completions API does")

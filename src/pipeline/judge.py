@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from openai import AsyncOpenAI, OpenAIError
-
 from pipeline import evaluation
 from pipeline.errors import Fault, InvalidInput, ServingError
 from pipeline.evaluation import ANSWER_SECONDS, Answer, Evaluation, chat_body, complete, data_url, in_order
@@ -68,6 +66,8 @@ def graded(sides: Mapping[str, Evaluation], judge: Judge, report: Report, file: 
 
 async def _ask_all(answers: Sequence[Answer], judge: Judge, key: str, report: Report, file: str) -> list[float | str]:
     """For each answer its grade, or what the judge said instead."""
+    from openai import AsyncOpenAI, OpenAIError
+
     async with AsyncOpenAI(base_url=judge.url, api_key=key, max_retries=evaluation.RETRIES, timeout=ANSWER_SECONDS) as client:
 
         async def ask(answer: Answer) -> float | str:
