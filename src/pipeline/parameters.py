@@ -84,6 +84,7 @@ class VisionTower:
     channels: int
     image_size: int
     merge: int
+    heads: int
     qkv_bias: bool
 
     @property
@@ -211,6 +212,7 @@ def _vision(content: Mapping[str, Any], source: str) -> tuple[VisionTower, list[
         channels=keys.size("in_channels", default=3),
         image_size=keys.size("image_size"),
         merge=keys.size("spatial_merge_size"),
+        heads=keys.size("num_heads"),
         qkv_bias=bool(content.get("attention_bias")),
     )
     return tower, keys.faults
