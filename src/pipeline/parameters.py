@@ -238,7 +238,9 @@ class _Keys:
             if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
                 return value
         if default is None:
-            self.faults.append(Fault(self.source, f"{self.prefix}{names[0]}", "is missing or no whole number; a plan needs it: give the model's own config.json"))
+            self.faults.append(
+                Fault(self.source, f"{self.prefix}{names[0]}", "is missing or no whole number; a plan needs it: give the model's own config.json")
+            )
         return default or 0
 
 
