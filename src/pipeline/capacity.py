@@ -10,7 +10,7 @@ from pipeline import basemodel, parameters
 from pipeline.gpus import GIB, Gpu
 from pipeline.parameters import Architecture
 from pipeline.project import Project
-from pipeline.recipe import ATTENTION, FinetuneRecipe, ServedLora, ServingRecipe, Training
+from pipeline.recipe import FinetuneRecipe, ServedLora, ServingRecipe, Training
 from pipeline.serving_memory import RUNTIME_UNCERTAINTY_BYTES, parallel_faults, serving_memory
 from pipeline.training_memory import training_memory
 
@@ -107,7 +107,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The table for people: GiB per GPU by item, total, capacity, verdict."""
         replicas = self.available // self.gpus if self.kv_cache and self.available > self.gpus else 0
-        rows = [*self.items.items(), ("total", self.total), (f"capacity of a {self.gpu.name}", self.capacity)]
+        rows = [*self.items.items(), ("total", self.total), (f"capacity ({self.gpu.name})", self.capacity)]
         width = max(len(name) for name, _ in rows)
         lines = [f"GiB per GPU ({self.model})", *(f"  {name:<{width}}  {gib(size):>7}" for name, size in rows)]
         if self.kv_cache and self.left > 0:
@@ -147,12 +147,14 @@ def gib(size: int) -> str:
     return f"{size / GIB:.2f}" if 0 < abs(size) < GIB else f"{size / GIB:.1f}"
 
 
-def plan(recipe: FinetuneRecipe | ServingRecipe, architecture: Architecture, gpu: Gpu, available: int | None = None, assumed: Assumed = Assumed()) -> Plan:  # noqa: B008 (frozen)
+def plan(recipe: FinetuneRecipe | ServingRecipe, architecture: Architecture, gpu: Gpu, available: int | None = None, assumed: Assumed = Assumed()) -> Plan:
     """The recipe on `available` GPUs of a kind (default: as many as it uses), with the nearest change if it does not fit; pure."""
     if isinstance(recipe, FinetuneRecipe):
         found = _training_plan(recipe, architecture, gpu, available, assumed)
         change = (
-            "" if found.fits else _nearest(_training_changes(recipe), lambda each: _training_plan(each, architecture, gpu, None, assumed), found.available, gpu)
+            ""
+            if found.fits
+            else _nearest(_training_changes(recipe, found.available), lambda each: _training_plan(each, architecture, gpu, None, assumed), found.available, gpu)
         )
     else:
         found = _serving_plan(recipe, architecture, gpu, available)
@@ -166,7 +168,7 @@ def _training_plan(recipe: FinetuneRecipe, architecture: Architecture, gpu: Gpu,
     processes = recipe.training.processes
     there = processes if available is None else available
     memory = training_memory(architecture, recipe, experts_in_4_bits=EXPERTS_IN_4_BITS, answer_tokens=assumed.answer_tokens, image_tokens=assumed.image_tokens)
-    items = memory.items if recipe.training.device == "cuda" else {name: size for name, size in memory.items.items() if size != memory.context}
+    items = memory.items
     faults = [] if processes <= there else [f"training.processes: {processes} is one GPU each, and there are {there}"]
     return Plan(architecture.source, gpu, processes, there, items, gpu.bytes, _largest(items), tuple(faults), host=memory.host)
 
@@ -204,27 +206,41 @@ def _nearest(changes: Iterator[tuple[str, R]], planned: Callable[[R], Plan], ava
     return more
 
 
-def _training_changes(recipe: FinetuneRecipe) -> Iterator[tuple[str, FinetuneRecipe]]:
-    """In the order of what they cost the user, each alone, then the first ones together; more GPUs last."""
+def _training_changes(recipe: FinetuneRecipe, available: int) -> Iterator[tuple[str, FinetuneRecipe]]:
+    """In the order of what they cost the user, each alone, then the first ones together; fewer processes where there are fewer GPUs, and more GPUs last."""
+    training, prefix = recipe.training, ""
+    if training.processes > available:
+        fewer = max(count for count in range(1, available + 1) if training.global_batch_size % (count * training.micro_batch_size) == 0)
+        recipe, prefix = _with_training(recipe, processes=fewer), f"training.processes: {fewer}, "
+        yield prefix.removesuffix(", "), recipe
     smaller = _smaller_steps(recipe)
-    yield from ((text, _with_training(recipe, **fields)) for text, fields in smaller)
+    yield from ((prefix + text, _with_training(recipe, **fields)) for text, fields in smaller)
     together: dict[str, Any] = {}
-    names = []
+    texts: dict[str, str] = {}
     for text, fields in smaller:
-        if names and next(iter(fields)) in together:  # a still smaller value of the same field replaces it
-            names.pop()
         together |= fields
-        names.append(text)
-        yield ", ".join(names), _with_training(recipe, **together)
-    processes = recipe.training.processes
+        texts |= dict.fromkeys(fields, text)
+        yield prefix + ", ".join(texts.values()), _with_training(recipe, **together)
     if recipe.quantization is None:
-        if processes > 1 and recipe.training.deepspeed not in ("zero3", "zero3_offload"):
-            yield "training.deepspeed: zero3", _with_training(recipe, deepspeed="zero3")
-        yield "training.deepspeed: zero3_offload", _with_training(recipe, deepspeed="zero3_offload")
-        kept = None if processes == 1 else "zero2"
-        yield "quantization: nf4", _with_training(recipe.model_copy(update={"quantization": "nf4"}), deepspeed=kept)
+        yield from ((prefix + text, each) for text, each in _other_weights(recipe))
         for more in range(2, MOST_GPUS + 1):
-            yield f"training.processes: {more} with training.deepspeed: zero3", _with_training(recipe, processes=more, deepspeed="zero3")
+            if training.global_batch_size % (more * training.micro_batch_size) == 0:
+                yield f"training.processes: {more} with training.deepspeed: zero3", _with_training(recipe, processes=more, deepspeed="zero3")
+
+
+def _other_weights(recipe: FinetuneRecipe) -> Iterator[tuple[str, FinetuneRecipe]]:
+    """Other ways to hold the frozen base."""
+    several = recipe.training.processes > 1
+    if several and recipe.training.deepspeed not in ("zero3", "zero3_offload"):
+        yield "training.deepspeed: zero3", _with_training(recipe, deepspeed="zero3")
+    if recipe.training.deepspeed != "zero3_offload":
+        yield "training.deepspeed: zero3_offload", _with_training(recipe, deepspeed="zero3_offload")
+    in_4_bits = recipe.model_copy(update={"quantization": "nf4"})
+    if recipe.training.deepspeed in ("zero3", "zero3_offload"):
+        in_place = "zero2" if several else None
+        yield f"quantization: nf4, training.deepspeed: {in_place or 'none'}", _with_training(in_4_bits, deepspeed=in_place)
+    else:
+        yield "quantization: nf4", in_4_bits
 
 
 def _smaller_steps(recipe: FinetuneRecipe) -> list[tuple[str, dict[str, Any]]]:
@@ -269,10 +285,16 @@ def _serving_changes(recipe: ServingRecipe, found: Plan) -> Iterator[tuple[str, 
     fp8 = smaller[0][1] if smaller and "quantization" in smaller[0][1] else {}
     for text, fields in smaller[1:] if fp8 else ():
         yield f"{smaller[0][0]}, {text}", recipe.model_copy(update=fp8 | fields)
+    for ways in range(min(found.available, recipe.tensor_parallel_size - 1), 0, -1):
+        alone = {"expert_parallel": False, "vision_data_parallel": False} if ways == 1 else {}
+        fewer = {"tensor_parallel_size": ways, **alone}
+        yield f"tensor_parallel_size: {ways}", recipe.model_copy(update=fewer)
+        if fp8:
+            yield f"tensor_parallel_size: {ways}, quantization: fp8_per_tensor", recipe.model_copy(update=fewer | fp8)
     for ways in range(recipe.tensor_parallel_size + 1, MOST_GPUS + 1):
         yield f"tensor_parallel_size: {ways}", recipe.model_copy(update={"tensor_parallel_size": ways})
         shared = {"tensor_parallel_size": ways, "vision_data_parallel": True, "expert_parallel": True}
-        yield f"tensor_parallel_size: {ways}, with expert_parallel and vision_data_parallel: true", recipe.model_copy(update=shared)
+        yield f"tensor_parallel_size: {ways}, expert_parallel: true, vision_data_parallel: true", recipe.model_copy(update=shared)
 
 
 def architecture_of(base_model: str, project: Project) -> Architecture:

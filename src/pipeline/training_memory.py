@@ -54,14 +54,14 @@ class TrainingMemory:
     def items(self) -> dict[str, int]:
         """What stands on the GPU at the moment that needs most."""
         moment = ("logits in float32, three times", self.at_loss) if self.bound_by == "logits" else ("one layer at work", self.at_layer)
-        named = {
+        items = {
             "weights of the frozen base": self.weights,
             "adapter, its gradients and optimizer": self.adapter,
             "activations kept for backward": self.kept,
             moment[0]: moment[1],
             "CUDA and communication": self.context,
         }
-        return named
+        return {name: size for name, size in items.items() if size}
 
     @property
     def allocated(self) -> int:
@@ -118,7 +118,7 @@ def training_memory(
         at_layer = max(whole, dequantized) + (experts // 3 if adapts_experts else 0)
     at_layer += tokens * _gradients_of_layer(decoder, number)
     kept += images * _kept_by_images(architecture.vision, recipe, number) if architecture.vision else 0
-    context = CONTEXT_BYTES + (NCCL_BYTES if training.processes > 1 else 0)
+    context = CONTEXT_BYTES + (NCCL_BYTES if training.processes > 1 else 0) if training.device == "cuda" else 0
     return TrainingMemory(weights, adapter, kept, at_loss, at_layer, context, host)
 
 
