@@ -23,6 +23,9 @@ LEAST_LENGTH_TOKENS = 1024
 MOST_GPUS = 64
 EXPERTS_IN_4_BITS = True
 """Whether `quantization: nf4` also reaches the routed experts, when tuneserve trains."""
+HOST = "host memory"
+TINY_CONFIG = Path(__file__).with_name("tinyglm.config.json")
+"""What tinyglm.make_config makes, as far as sizes go (tests/test_capacity_contract.py compares): asking it takes transformers, seconds."""
 R = TypeVar("R", FinetuneRecipe, ServingRecipe)
 
 
@@ -109,7 +112,7 @@ class Plan:
         replicas = self.available // self.gpus if self.kv_cache and self.available > self.gpus else 0
         rows = [*self.items.items(), ("total", self.total), (f"capacity ({self.gpu.name})", self.capacity)]
         width = max(len(name) for name, _ in rows)
-        lines = [f"GiB per GPU ({self.model})", *(f"  {name:<{width}}  {gib(size):>7}" for name, size in rows)]
+        lines = [f"GiB per {'process' if self.gpu.name == HOST else 'GPU'} ({self.model})", *(f"  {name:<{width}}  {gib(size):>7}" for name, size in rows)]
         if self.kv_cache and self.left > 0:
             cache = self.kv_cache
             held = f"{cache.sequences:.1f} requests of {cache.longest_request_tokens} at once"
@@ -207,20 +210,23 @@ def _nearest(changes: Iterator[tuple[str, R]], planned: Callable[[R], Plan], ava
 
 
 def _training_changes(recipe: FinetuneRecipe, available: int) -> Iterator[tuple[str, FinetuneRecipe]]:
-    """In the order of what they cost the user, each alone, then the first ones together; fewer processes where there are fewer GPUs, and more GPUs last."""
+    """In the order of what they cost the user: what changes only the time, alone and together; with that shorter rows; other weights; more GPUs.
+
+    Where there are fewer GPUs than processes, all begin with fewer processes.
+    """
     training, prefix = recipe.training, ""
     if training.processes > available:
         fewer = max(count for count in range(1, available + 1) if training.global_batch_size % (count * training.micro_batch_size) == 0)
         recipe, prefix = _with_training(recipe, processes=fewer), f"training.processes: {fewer}, "
         yield prefix.removesuffix(", "), recipe
-    smaller = _smaller_steps(recipe)
-    yield from ((prefix + text, _with_training(recipe, **fields)) for text, fields in smaller)
-    together: dict[str, Any] = {}
-    texts: dict[str, str] = {}
-    for text, fields in smaller:
-        together |= fields
-        texts |= dict.fromkeys(fields, text)
-        yield prefix + ", ".join(texts.values()), _with_training(recipe, **together)
+    for text, fields in _same_result(recipe):
+        yield prefix + text, _with_training(recipe, **fields)
+    text, fields = _all_of(_same_result(recipe))
+    if text:
+        yield prefix + text, _with_training(recipe, **fields)
+    for length in range(_below(training.max_length_tokens), LEAST_LENGTH_TOKENS - 1, -LENGTH_STEP_TOKENS):
+        shorter = ", ".join(filter(None, (text, f"training.max_length_tokens: {length}")))
+        yield prefix + shorter, _with_training(recipe, **fields, max_length_tokens=length)
     if recipe.quantization is None:
         yield from ((prefix + text, each) for text, each in _other_weights(recipe))
         for more in range(2, MOST_GPUS + 1):
@@ -243,18 +249,26 @@ def _other_weights(recipe: FinetuneRecipe) -> Iterator[tuple[str, FinetuneRecipe
         yield "quantization: nf4", in_4_bits
 
 
-def _smaller_steps(recipe: FinetuneRecipe) -> list[tuple[str, dict[str, Any]]]:
-    training = recipe.training
+def _same_result(recipe: FinetuneRecipe) -> list[tuple[str, dict[str, Any]]]:
+    """Changes after which training learns the same, in more time."""
     found: list[tuple[str, dict[str, Any]]] = []
-    size = training.micro_batch_size
+    size = recipe.training.micro_batch_size
     while size > 1:
         size //= 2
         found.append((f"training.micro_batch_size: {size}", {"micro_batch_size": size}))
-    if not training.gradient_checkpointing:
+    if not recipe.training.gradient_checkpointing:
         found.append(("training.gradient_checkpointing: true", {"gradient_checkpointing": True}))
-    lengths = range(_below(training.max_length_tokens), LEAST_LENGTH_TOKENS - 1, -LENGTH_STEP_TOKENS)
-    found += [(f"training.max_length_tokens: {length}", {"max_length_tokens": length}) for length in lengths]
     return found
+
+
+def _all_of(changes: list[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
+    """All changes as one; of several to one field the last."""
+    fields: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    for text, change in changes:
+        fields |= change
+        texts |= dict.fromkeys(change, text)
+    return ", ".join(texts.values()), fields
 
 
 def _below(tokens: int) -> int:
@@ -313,14 +327,9 @@ def architecture_of(base_model: str, project: Project) -> Architecture:
 
 def _tiny(project: Project) -> Architecture:
     made = project.bases / basemodel.tiny_name() / "config.json"
-    if made.is_file():
-        return replace(parameters.read_config(made), source="the tiny GLM-4.5V")
-    from pipeline import tinyglm  # transformers, seconds
-
-    tokenizer = tinyglm.make_processor(basemodel.TEMPLATE_FILE.read_text("utf-8")).tokenizer
-    return parameters.read_architecture(tinyglm.make_config(tokenizer).to_dict(), "the tiny GLM-4.5V")
+    return replace(parameters.read_config(made if made.is_file() else TINY_CONFIG), source="the tiny GLM-4.5V")
 
 
 def host_memory(shares: int = 1) -> Gpu:
     """This machine's memory as what a CPU recipe has, for each of so many processes."""
-    return Gpu("host", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // shares, "sysconf")
+    return Gpu(HOST, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // shares, "sysconf")
