@@ -33,13 +33,13 @@ KNOWN = tuple(
         ("rtx-4090-24gb", 23.5, "out-of-memory messages say 23.52 to 23.68 GiB (SoulX-FlashTalk#5, VGen#104)"),
         ("a100-40gb", 39.4, "out-of-memory messages say 39.4 to 39.5 GiB (CoSeR#10)"),
         ("l40s-48gb", 44.4, "out-of-memory messages say 44.40 to 44.53 GiB (Step-Video-T2V#8, Wan2.1#205)"),
-        ("a100-80gb", 79.2, "out-of-memory messages say 79.25 GiB (VAREdit#6)"),
+        ("a100-80gb", 79.1, "others see 79.22 and 79.25 GiB (vllm#10511, VAREdit#6)"),
         ("h100-80gb", 79.1, "85,017,493,504 B (79.18 GiB) measured; others see 79.11 GiB with another driver (vllm#27508)"),
         ("h200-141gb", 139.8, "calculated: nvidia-smi's 143,771 MiB less about 600 MiB that the driver reserves"),
         ("b200-180gb", 178.3, "cudaGetDeviceProperties says 178.35 GiB (pytorch/ao#4002); not seen by us"),
     )
 )
-"""Smallest first. Drivers differ by 0.1 GiB, so the lower figure counts."""
+"""Smallest first. Drivers differ by 0.1 GiB, so the lower figure counts. Only the H100 was seen by us."""
 
 
 def known_gpu(name: str) -> Gpu:

@@ -3,7 +3,7 @@
 A step has two moments that may need most: the loss, when three float32 copies of the logits stand beside everything kept for the backward pass, and one layer's
 backward pass, when its weights (gathered or dequantized) and its activations do. Everything else is there all the time.
 
-Held against 12 measured peaks (torch's allocator) of GLM-4.5V cut to 1 to 6 layers on one H100, and against the README's QLoRA steps at full depth: tests/test_training_memory.py.
+Held against 13 measured peaks (torch's allocator) of GLM-4.5V cut to 1 to 6 layers on one H100, and against the README's QLoRA steps at full depth: tests/test_training_memory.py.
 Not measured: DeepSpeed, method: dpo, flash attention, several GPUs; their items are the papers' and the sources' arithmetic.
 """
 
