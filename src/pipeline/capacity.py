@@ -153,18 +153,15 @@ def gib(size: int) -> str:
 def plan(recipe: FinetuneRecipe | ServingRecipe, architecture: Architecture, gpu: Gpu, available: int | None = None, assumed: Assumed = Assumed()) -> Plan:
     """The recipe on `available` GPUs of a kind (default: as many as it uses), with the nearest change if it does not fit; pure."""
     if isinstance(recipe, FinetuneRecipe):
+
+        def planned(changed: FinetuneRecipe) -> Plan:
+            return _training_plan(changed, architecture, gpu, None, assumed)
+
         found = _training_plan(recipe, architecture, gpu, available, assumed)
-        change = (
-            ""
-            if found.fits
-            else _nearest(_training_changes(recipe, found.available), lambda each: _training_plan(each, architecture, gpu, None, assumed), found.available, gpu)
-        )
-    else:
-        found = _serving_plan(recipe, architecture, gpu, available)
-        change = (
-            "" if found.fits else _nearest(_serving_changes(recipe, found), lambda each: _serving_plan(each, architecture, gpu, None), found.available, gpu)
-        )
-    return replace(found, change=change)
+        return found if found.fits else replace(found, change=_nearest(_training_changes(recipe, found.available), planned, found))
+    served = _serving_plan(recipe, architecture, gpu, available)
+    changes = _serving_changes(recipe, served)
+    return served if served.fits else replace(served, change=_nearest(changes, lambda changed: _serving_plan(changed, architecture, gpu, None), served))
 
 
 def _training_plan(recipe: FinetuneRecipe, architecture: Architecture, gpu: Gpu, available: int | None, assumed: Assumed) -> Plan:
@@ -196,16 +193,16 @@ def _largest(items: Mapping[str, int]) -> str:
     return max(items, key=lambda name: items[name])
 
 
-def _nearest(changes: Iterator[tuple[str, R]], planned: Callable[[R], Plan], available: int, gpu: Gpu) -> str:
+def _nearest(changes: Iterator[tuple[str, R]], planned: Callable[[R], Plan], now: Plan) -> str:
     """The first change that fits the GPUs that there are, else the first that fits more of them; empty if none does."""
     more = ""
     for text, recipe in changes:
         found = planned(recipe)
         if not found.fits:
             continue
-        if found.gpus <= available:
+        if found.gpus <= now.available:
             return text
-        more = more or f"{text} ({found.gpus} x {gpu.name})"
+        more = more or f"{text} ({found.gpus} x {now.gpu.name})"
     return more
 
 
@@ -251,12 +248,10 @@ def _other_weights(recipe: FinetuneRecipe) -> Iterator[tuple[str, FinetuneRecipe
 
 def _same_result(recipe: FinetuneRecipe) -> list[tuple[str, dict[str, Any]]]:
     """Changes after which training learns the same, in more time."""
-    found: list[tuple[str, dict[str, Any]]] = []
-    size = recipe.training.micro_batch_size
-    while size > 1:
-        size //= 2
-        found.append((f"training.micro_batch_size: {size}", {"micro_batch_size": size}))
-    if not recipe.training.gradient_checkpointing:
+    training = recipe.training
+    sizes = [size for size in range(training.micro_batch_size - 1, 0, -1) if training.global_batch_size % (size * training.processes) == 0]
+    found: list[tuple[str, dict[str, Any]]] = [(f"training.micro_batch_size: {size}", {"micro_batch_size": size}) for size in sizes]
+    if not training.gradient_checkpointing:
         found.append(("training.gradient_checkpointing: true", {"gradient_checkpointing": True}))
     return found
 
