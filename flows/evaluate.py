@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from pipeline import parity, registry, trial
-from pipeline.assessment import BASE, FEW_SHOT, Assessment, assess
+from pipeline import judge, parity, registry, trial
+from pipeline.assessment import BASE, CHAMPION, FEW_SHOT, Assessment, assess
 from pipeline.card import card
 from pipeline.dataset import load_dataset
 from pipeline.errors import ServingError
@@ -20,10 +20,11 @@ from pipeline.evaluation import evaluate as ask
 from pipeline.example import Example
 from pipeline.fleet import Fleet, open_fleet
 from pipeline.in_context import with_shots
+from pipeline.lock import model_lock
 from pipeline.parity import Parity
 from pipeline.progress import progress
 from pipeline.project import Project, find_project
-from pipeline.recipe import FinetuneRecipe, load_recipe
+from pipeline.recipe import FinetuneRecipe, Judge, load_recipe
 from pipeline.registry import Registry, Version
 from pipeline.serving.client import Replica
 
@@ -68,6 +69,12 @@ def answers_of(url: str, name: str, questions: Sequence[Example], file: str) -> 
     return found
 
 
+@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="grade by {by.model}")
+def graded(sides: Mapping[str, Evaluation], by: Judge, file: str) -> dict[str, Evaluation]:
+    with progress(f"{by.model} grades the answers") as report:
+        return judge.graded(sides, by, report, file)
+
+
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="record {found.version}")
 def record(registered: Registry, version: Version, found: Assessment) -> Assessment:
     tags = {
@@ -75,6 +82,7 @@ def record(registered: Registry, version: Version, found: Assessment) -> Assessm
         "decision": found.decision.verdict,
         "reasons": found.decision.text[:4000],
         "dataset_digest": found.dataset_digest,
+        **({"judge": found.judge} if found.judge else {}),
     }
     files = {"answers.jsonl": found.table(), "assessment.json": json.dumps(found.as_dict(), indent=2), "assessment.md": found.markdown()}
     create_markdown_artifact(found.markdown(), key="assessment", description=f"{found.version}: {found.decision.verdict}")
@@ -91,12 +99,17 @@ def evaluate(
     recipe_path: str | None = None,
     baselines: bool = False,
     limit: int | None = None,
+    evaluate_on: str | None = None,
 ) -> Assessment:
-    """Scores a version (None: the newest) on its recipe's held-out rows, or on `limit` of them, and decides what the recipe's rules say of it."""
+    """Scores a version (None: the newest) on its recipe's held-out rows, or on `limit` of them, and decides what the recipe's rules say of it.
+
+    `evaluate_on`: the address of the replica that is asked; None: the first of `replicas` that can.
+    """
     project = find_project()
     registered = Registry(registry.tracking_uri())
     with open_fleet(project, replicas) as fleet:
-        return examine(registered, registered.version(name, version), fleet, project, recipe_path=recipe_path, baselines=baselines, limit=limit)
+        chosen = registered.version(name, version)
+        return examine(registered, chosen, fleet, project, recipe_path=recipe_path, baselines=baselines, limit=limit, evaluate_on=evaluate_on)
 
 
 def examine(
@@ -108,45 +121,50 @@ def examine(
     recipe_path: str | None = None,
     baselines: bool = False,
     limit: int | None = None,
+    evaluate_on: str | None = None,
 ) -> Assessment:
-    """Puts a version on trial, asks it, the champion and the base, decides, and records all of it. Raises ServingError if a replica does not serve it."""
+    """Puts a version on trial, asks it, the champion and the base, has a judge grade them if the rules name one, decides, and records all of it.
+
+    `evaluate_on` and the others as in `evaluate`. Raises ServingError if a replica does not serve it, or the judge does not grade; InvalidInput without the judge's key.
+    """
     recipe = recipe_of(registered, version, recipe_path)
-    rows = load_dataset(recipe.dataset, project)
-    questions = every_nth(rows.eval, limit)
-    with trial.on_trial(registered, version, fleet, trial.lock_file(project, version.name)):
-        asked, base = replica_of(fleet, version.name)
-        shown = replayed(registered, version, asked)
-        found = assessed(registered, version, recipe, (asked.url, base), shown, questions, rows.train if baselines else None, project)
-    return record(registered, version, replace(found, dataset_digest=rows.digest))
-
-
-def assessed(
-    registered: Registry,
-    version: Version,
-    recipe: FinetuneRecipe,
-    replica: tuple[str, str],
-    shown: Parity,
-    questions: Sequence[Example],
-    train: Sequence[Example] | None,
-    project: Project,
-) -> Assessment:
-    """The version's answers against the champion's and the base's; with `train`, also against the base's that has seen a few of these rows in its prompt."""
-    url, base = replica
-    file = project.relative(project.resolve(recipe.dataset.eval))
-    own = answers_of(url, version.label, questions, file)
-    champion = registered.champion(version.name)
+    rules = recipe.promotion
+    if rules.judge:
+        judge.api_key(rules.judge)  # before anything is asked
+    with trial.evaluation_fleet(project, fleet, evaluate_on, version.name) as asked_fleet:
+        rows = load_dataset(recipe.dataset, project)
+        questions, file = every_nth(rows.eval, limit), project.relative(project.resolve(recipe.dataset.eval))
+        with trial.on_trial(registered, version, asked_fleet, model_lock(project, "trial", version.name)):
+            asked, base = replica_of(asked_fleet, version.name)
+            shown = replayed(registered, version, asked)
+            champion = registered.champion(version.name)
+            sides = answers_of_all(version, champion, (asked.url, base), questions, rows.train if baselines else None, file)
+    if rules.judge:
+        sides = graded(sides, rules.judge, file)
+    own, champions = sides.pop(version.label), sides.pop(CHAMPION, None)
+    against = (champion.label, champions) if champion and champions else None
     same = champion is not None and champion.digest == version.digest
-    its_answers = own if same else answers_of(url, champion.label, questions, file) if champion else None
-    others = {BASE: answers_of(url, base, questions, file)}
+    found = assess(version.label, own, against, sides, rules, same_digest=same, dataset_digest=rows.digest, parity=shown)
+    return record(registered, version, found)
+
+
+def answers_of_all(
+    version: Version, champion: Version | None, replica: tuple[str, str], questions: Sequence[Example], train: Sequence[Example] | None, file: str
+) -> dict[str, Evaluation]:
+    """The version's answers by its label, then the champion's and the base's; with `train`, also the base's that has seen a few of these rows in its prompt."""
+    url, base = replica
+    own = answers_of(url, version.label, questions, file)
+    sides = {version.label: own}
+    if champion:
+        sides[CHAMPION] = own if champion.digest == version.digest else answers_of(url, champion.label, questions, file)
+    sides[BASE] = answers_of(url, base, questions, file)
     if train is not None:
         most = max(len(question.images) for question in questions)  # the server is known to take so many
         primed = [with_shots(question, train, SHOTS, most) for question in questions]
         answered = answers_of(url, base, primed, file)
         own_examples = zip(answered.answers, questions, strict=True)
-        others[FEW_SHOT] = Evaluation(tuple(replace(answer, example=question) for answer, question in own_examples))
-    return assess(
-        version.label, own, (champion.label, its_answers) if champion and its_answers else None, others, recipe.promotion, same_digest=same, parity=shown
-    )
+        sides[FEW_SHOT] = Evaluation(tuple(replace(answer, example=question) for answer, question in own_examples))
+    return sides
 
 
 def every_nth(questions: Sequence[Example], limit: int | None) -> Sequence[Example]:

@@ -1,34 +1,41 @@
-"""version -> examined -> alias -> live on every replica, and back. `tuneserve promote NAME[/VERSION]` and `tuneserve rollback NAME` run it."""
+"""version -> examined -> alias -> live on every replica -> watched, and back. `tuneserve promote NAME[/VERSION]` and `tuneserve rollback NAME` run it."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.evaluate import examine
-from pipeline import promotion, registry
+from flows.evaluate import examine, recipe_of
+from pipeline import promotion, registry, watch
 from pipeline.assessment import Assessment, figures
-from pipeline.errors import TuneserveError
-from pipeline.fleet import open_fleet
+from pipeline.errors import RegistryError, TuneserveError
+from pipeline.fleet import Fleet, open_fleet
 from pipeline.history import Grounds
 from pipeline.lineage import code_lineage
+from pipeline.lock import Lock, model_lock
 from pipeline.project import Project, find_project
 from pipeline.promotion import Promotion
-from pipeline.registry import Registry
+from pipeline.recipe import WatchRules
+from pipeline.registry import Registry, Version
 from pipeline.switch import user_at_host
+from pipeline.watch import Watched, Watching
 
 move_alias = task(cache_policy=NO_CACHE, persist_result=False, name="move_alias")(promotion.promote)
 start_canary = task(cache_policy=NO_CACHE, persist_result=False, name="start_canary")(promotion.start_canary)
+watch_champion = task(cache_policy=NO_CACHE, persist_result=False, task_run_name="watch {version.label}")(watch.watch_champion)
+watch_canary = task(cache_policy=NO_CACHE, persist_result=False, task_run_name="watch {version.label} at {percent}%")(watch.watch_canary)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`promotion` is None where the version was examined and is kept out, `assessment` where it was not examined."""
+    """`promotion` is None where the version was examined and is kept out, `assessment` where it was not examined. `watched`: the watch, or that of each canary step."""
 
     promotion: Promotion | None
     assessment: Assessment | None = None
+    watched: tuple[Watched, ...] = ()
 
     @property
     def kept_out(self) -> str:
@@ -43,41 +50,86 @@ def promote(
     version: str | None,
     replicas: list[str] | None = None,
     *,
-    canary_percent: float | None = None,
+    canary_percents: list[float] | None = None,
+    watch_seconds: float | None = None,
     unreachable_fails: bool = False,
     wait: bool = True,
     force: bool = False,
     recipe_path: str | None = None,
+    evaluate_on: str | None = None,
 ) -> Outcome:
-    """Makes a version (None: the newest) the champion if it is found better on the held-out rows, or by force; or with a percentage the candidate.
+    """Makes a version (None: the newest) the champion if it is found better on the held-out rows, or by force; or with percentages the candidate, step by step.
 
     `replicas`: their addresses, as in a serving recipe; None: those that run here. `recipe_path`: whose rows and rules count; None: the recipe that it was trained by.
+    `evaluate_on`: the replica that is asked the held-out rows; None: the first of `replicas` that can.
+    `watch_seconds`: how long it is watched afterwards, or at each step; None: not, and then there is one step at most.
     """
     project = find_project()
     registered = Registry(registry.tracking_uri())
     chosen = registered.version(name, version)
-    lock = promotion.lock_file(project, name)
+    lock = model_lock(project, "promote", name)
     with open_fleet(project, replicas, unreachable_fails=unreachable_fails) as fleet:  # the token is read there: a flow's parameters are stored
-        if canary_percent is not None:
-            return Outcome(start_canary(registered, chosen, canary_percent, fleet, lock))
-        reached = fleet if wait else None
-        if force:
-            return Outcome(move_alias(registered, chosen, reached, lock, grounds=grounds(project, "not compared with the champion", forced=True)))
-        deployed = registered.deployment(name)
-        promotion.refuse_switched_off(deployed, chosen)
-        champion = deployed.champion
-        if champion == chosen.version:
-            return Outcome(move_alias(registered, chosen, reached, lock, grounds=grounds(project, "it is the champion already"), instead_of=champion))
-        try:
-            found = examine(registered, chosen, fleet, project, recipe_path=recipe_path)
-        except TuneserveError as error:
-            promotion.decline(registered, chosen, lock, "failed", grounds(project, str(error).partition("\n")[0]))
-            raise
-        why = grounds(project, found.decision.text, scores=scores(found), evaluation_run=found.run_id)
-        if found.decision.verdict == "promote":
-            return Outcome(move_alias(registered, chosen, reached, lock, grounds=why, instead_of=champion), found)
-        promotion.decline(registered, chosen, lock, "kept" if found.decision.verdict == "keep" else "refused", why)
-        return Outcome(None, found)
+        watching = watch.begin(fleet, watch_rules(registered, chosen, recipe_path), watch_seconds) if watch_seconds else None
+        if canary_percents:
+            return _canary(registered, chosen, canary_percents, fleet, lock, watching)
+        outcome = _champion(registered, chosen, fleet, lock, project, wait=wait, force=force, recipe_path=recipe_path, evaluate_on=evaluate_on)
+        if watching is None or outcome.promotion is None:
+            return outcome
+        return replace(outcome, watched=(watch_champion(registered, chosen, watching, lock, grounds(project, "watched")),))
+
+
+def _canary(registered: Registry, version: Version, percents: Sequence[float], fleet: Fleet, lock: Lock, watching: Watching | None) -> Outcome:
+    """Step by step as long as each step's watch is passed; stays at the last share that it came to, unless a breach ended it."""
+    watched: tuple[Watched, ...] = ()
+    for percent in percents:
+        started = start_canary(registered, version, percent, fleet, lock)
+        if watching is None:
+            break
+        watched += (watch_canary(registered, version, percent, watching, lock),)
+        if watched[-1].ended != "passed":
+            break
+    return Outcome(started, watched=watched)
+
+
+def _champion(
+    registered: Registry,
+    version: Version,
+    fleet: Fleet,
+    lock: Lock,
+    project: Project,
+    *,
+    wait: bool,
+    force: bool,
+    recipe_path: str | None,
+    evaluate_on: str | None,
+) -> Outcome:
+    """Champion by force, or if it is found better."""
+    reached = fleet if wait else None
+    if force:
+        return Outcome(move_alias(registered, version, reached, lock, grounds=grounds(project, "not compared with the champion", forced=True)))
+    deployed = registered.deployment(version.name)
+    promotion.refuse_switched_off(deployed, version)
+    champion = deployed.champion
+    if champion == version.version:
+        return Outcome(move_alias(registered, version, reached, lock, grounds=grounds(project, "it is the champion already"), instead_of=champion))
+    try:
+        found = examine(registered, version, fleet, project, recipe_path=recipe_path, evaluate_on=evaluate_on)
+    except TuneserveError as error:
+        promotion.decline(registered, version, lock, "failed", grounds(project, str(error).partition("\n")[0]))
+        raise
+    why = grounds(project, found.decision.text, scores=scores(found), evaluation_run=found.run_id)
+    if found.decision.verdict == "promote":
+        return Outcome(move_alias(registered, version, reached, lock, grounds=why, instead_of=champion), found)
+    promotion.decline(registered, version, lock, "kept" if found.decision.verdict == "keep" else "refused", why)
+    return Outcome(None, found)
+
+
+def watch_rules(registered: Registry, version: Version, recipe_path: str | None) -> WatchRules:
+    """The recipe's `promotion.watch`; the defaults where the version has no recipe and none is named."""
+    try:
+        return recipe_of(registered, version, recipe_path).promotion.watch
+    except RegistryError:
+        return WatchRules()
 
 
 @flow(name="rollback", flow_run_name="rollback {name}", persist_result=False)
@@ -86,7 +138,7 @@ def rollback(name: str, to: str | None = None, replicas: list[str] | None = None
     project = find_project()
     registered = Registry(registry.tracking_uri())
     target = promotion.rollback_target(registered, name, to)
-    lock = promotion.lock_file(project, name)
+    lock = model_lock(project, "promote", name)
     with open_fleet(project, replicas, unreachable_fails=unreachable_fails) as fleet:
         return move_alias(registered, target, fleet if wait else None, lock, grounds=grounds(project, "rolled back"), rolls_back=True)
 

@@ -1,5 +1,6 @@
 """Fixtures of the fast tier: projects in temporary folders, tiny rows and adapters made on the spot."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -19,6 +20,17 @@ ROOT = Path(__file__).parents[1]
 def project(tmp_path: Path) -> Project:
     (tmp_path / ".tuneserve").mkdir()
     return Project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of an MLflow store that holds nothing, to be copied: MLflow takes seconds to make one."""
+    from pipeline.registry import Registry
+
+    folder = tmp_path_factory.mktemp("empty-store")
+    with contextlib.chdir(folder):
+        assert Registry(f"sqlite:///{folder}/mlflow.db").registered() == []
+    return folder / "mlflow.db"
 
 
 def write_rows(path: Path, rows: list[object]) -> Path:

@@ -41,6 +41,8 @@ class FakeReplica:
     on_hint: Callable[[], None] = lambda: None
     answers: int | None = None
     """A status code that it always answers with."""
+    counted: Callable[[], bytes] = lambda: b""
+    """Its /metrics, at each look."""
 
     def __post_init__(self) -> None:
         self.check = HintCheck(self.token)
@@ -53,6 +55,8 @@ class FakeReplica:
             self.on_hint()
         if self.answers:
             return self.answers, {"detail": "no"}
+        if path == "/metrics":
+            return 200, self.counted()
         if method == "GET" and headers.get("authorization") != f"Bearer {self.token}":
             return 401, {"detail": "no"}
         waits_for = {} if self.ready else {"shop": "no champion yet"}
@@ -71,7 +75,7 @@ def fleet_of(replicas: dict[str, FakeReplica], **options: Any) -> Fleet:
         if replica.away:
             raise httpx.ConnectError("Connection refused", request=request)
         status, body = replica.answer(request.method, request.url.path, request.headers, request.content)
-        return httpx.Response(status, json=body)
+        return httpx.Response(status, content=body) if isinstance(body, bytes) else httpx.Response(status, json=body)
 
     return Fleet(list(replicas), TOKEN, client=httpx.Client(transport=httpx.MockTransport(handle)), **options)
 

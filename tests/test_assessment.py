@@ -1,13 +1,14 @@
 """What an evaluation came to: compared, decided, and told as figures, table and text."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.assessment import BASE, CHAMPION, assess
 from pipeline.evaluation import Answer, Evaluation
 from pipeline.example import Example
 from pipeline.parity import NO_REFERENCE, Mismatch, Parity
-from pipeline.recipe import PromotionRules
+from pipeline.recipe import Judge, PromotionRules
 from tests.conftest import write_image
 
 RULES = PromotionRules(protect=("name",), floor=0.1)
@@ -80,3 +81,24 @@ def test_what_is_not_served_as_trained_is_refused_and_what_is_not_known_if_the_r
     found = assess("shop/2", own, champion, {}, RULES, parity=differs)
     assert found.decision.reasons[0].code == "not-faithful" and "token 7" in found.decision.text
     assert json.loads(json.dumps(found.as_dict()))["parity"]["verdict"] == "adapter-differs"
+
+
+def graded(found: Evaluation, grade: float) -> Evaluation:
+    return Evaluation(tuple(replace(answer, grade=grade) for answer in found.answers))
+
+
+def test_grades_are_told_where_there_are_any_and_decide_if_the_rules_say_so() -> None:
+    plain = assess("shop/2", answers([RIGHT] * 40), None, {BASE: answers([WRONG] * 40)}, RULES)
+    assert plain.judge is None and "judge" not in plain.metrics() and "judge" not in json.loads(plain.table().splitlines()[0])["version"]
+    assert "judge" not in plain.markdown() + "".join(plain.lines()) and "judge" not in plain.as_dict()["scores"]["base"]
+    judge = Judge(url="http://j/v1", model="the-judge")
+    own, champion = graded(answers([WRONG] * 40), 0.9), graded(answers([RIGHT] * 40), 0.4)
+    beside = assess("shop/2", own, ("shop/1", champion), {}, PromotionRules(judge=judge))
+    assert beside.decision.verdict == "keep" and beside.as_dict()["scores"]["shop/1"]["judge"] == 0.4 and beside.as_dict()["judge"] == "the-judge"
+    assert (beside.metrics()["judge"], beside.metrics()["score"]) == (0.9, 0.0)
+    assert json.loads(beside.table().splitlines()[0])["version"]["judge"] == 0.9
+    assert "| **judge** | 90.0% | 40.0% |" in beside.markdown() and "graded by the-judge" in beside.markdown()
+    assert "graded by the-judge" in beside.lines()[0] and "judge 90.0%" in beside.lines()[1]
+    deciding = assess("shop/2", own, ("shop/1", champion), {}, PromotionRules(metric="judge", judge=judge))
+    assert deciding.decision.verdict == "promote" and deciding.metrics()["gain_over_champion"] == 0.5
+    assert deciding.markdown().count("**judge**") == 1 and "judge 90.0%" not in deciding.lines()[1]

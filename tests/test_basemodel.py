@@ -1,4 +1,4 @@
-"""Base model folders: what decides the revision, what is refused, and the tiny GLM-4.5V before it has learnt anything."""
+"""Base model folders: what decides the revision, what is refused, and when the tiny one is made. What it holds: test_tinyglm_contract.py."""
 
 import json
 import os
@@ -22,15 +22,6 @@ def folder(tmp_path: Path) -> Path:
     (base / "config.json").write_text('{"model_type": "glm4v_moe"}')
     (base / "model-1.safetensors").write_bytes(b"weights")
     (base / "chat_template.jinja").write_text("{{ messages }}")
-    return base
-
-
-@pytest.fixture(scope="session")
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny GLM-4.5V with random weights."""
-    base = tmp_path_factory.mktemp("untrained")
-    processor = tinyglm.make_processor(TEMPLATE_FILE.read_text("utf-8"))
-    tinyglm.save(tinyglm.make_model(tinyglm.make_config(processor.tokenizer)), processor, base)
     return base
 
 
@@ -131,36 +122,6 @@ def test_template_digest_is_of_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     changed.write_bytes(TEMPLATE_FILE.read_bytes() + b"\n")
     monkeypatch.setattr(basemodel, "TEMPLATE_FILE", changed)
     assert len(before) == 64 and template_digest() != before
-
-
-def test_tiny_model_loads_and_reads_an_image(untrained: Path) -> None:
-    import torch
-    from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    processor, model = AutoProcessor.from_pretrained(untrained), AutoModelForImageTextToText.from_pretrained(untrained, dtype=torch.float32)
-    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": tinyglm.QUESTION}]}]
-    text = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=[text], images=[Image.new("RGB", (56, 56), "red")], return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    assert logits.shape == (*inputs["input_ids"].shape, len(processor.tokenizer)) and bool(logits.isfinite().all())
-    assert type(model).__name__ == "Glm4vMoeForConditionalGeneration" and model.config.model_type == "glm4v_moe"
-    experts = [name for name, _ in model.named_modules() if name.endswith(("mlp.experts", "mlp.shared_experts"))]
-    assert len(experts) == 2 * (model.config.text_config.num_hidden_layers - 1), "all layers but the first are MoE with a shared expert"
-
-
-def test_tiny_model_is_saved_as_a_base_model(untrained: Path) -> None:
-    from safetensors import safe_open
-
-    assert read_base_model(untrained).folder == untrained
-    assert (untrained / "chat_template.jinja").read_text("utf-8").rstrip("\n") == TEMPLATE_FILE.read_text("utf-8").rstrip("\n")
-    with safe_open(untrained / "model.safetensors", "pt") as weights:
-        types = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
-    assert types == {"BF16"}
-    tokens = json.loads((untrained / "tokenizer.json").read_text("utf-8"))
-    ids = {token["content"]: token["id"] for token in tokens["added_tokens"]}
-    assert json.loads((untrained / "generation_config.json").read_text())["eos_token_id"] == [ids[name] for name in tinyglm.END_TOKENS]
 
 
 @pytest.mark.parametrize("text", ["Rubio tote", '{"a": [1, null]}', "zażółć 你好 🙂\n\t ", "for sleeping outdoors"])

@@ -1,10 +1,12 @@
 """A model card says what is known, says what is not stated, and names the weakest part."""
 
+from dataclasses import replace
+
 from pipeline.assessment import assess
 from pipeline.card import card
 from pipeline.evaluation import Answer, Evaluation
 from pipeline.example import Example
-from pipeline.recipe import PromotionRules
+from pipeline.recipe import Judge, PromotionRules
 from pipeline.registry import Version
 
 VERSION = Version("shop", "2", "bb" * 32, "base", "template", "run")
@@ -41,3 +43,9 @@ def test_refusals_are_a_limit() -> None:
     found = assess("shop/1", answers({"name": 30}, {"name": 10}, "I cannot say."), None, {}, PromotionRules())
     text = card(VERSION, {}, found)
     assert "- 25.0% of its answers refuse" in text and "are empty" not in text and text.rstrip().endswith("not stated")
+
+
+def test_the_judge_is_named() -> None:
+    own = Evaluation(tuple(replace(answer, grade=0.5) for answer in answers({"name": 30}, {"name": 10}).answers))
+    text = card(VERSION, {}, assess("shop/1", own, None, {}, PromotionRules(judge=Judge(url="http://j/v1", model="the-judge"))))
+    assert "- score: 75.0%\n- judge: 50.0%\n- graded by the-judge\n" in text

@@ -1,7 +1,6 @@
 """The command line's contract: exit codes, one JSON object, remedies, and a help that starts at once."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +12,20 @@ from pipeline import preflight, process
 from pipeline.cli import cli
 from pipeline.errors import Fault
 from pipeline.project import Project
+from tests import command
 from tests.conftest import ROOT, row, write_counting_base, write_image, write_rows
 from tests.test_dataset import SIX, six_faults
 
 HEAVY = ("torch", "vllm", "mlflow", "prefect", "swift", "transformers", "datasets", "pyarrow", "tokenizers", "numpy", "PIL")
 
 
-def tuneserve(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    return subprocess.run([sys.executable, "-m", "pipeline.cli", *args], capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+def tuneserve(*args: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return command.tuneserve(cwd, *args, **environment)
+
+
+def as_process(*args: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    whole = command.command_environment(**environment)
+    return subprocess.run([sys.executable, "-m", "pipeline.cli", *args], capture_output=True, text=True, cwd=cwd, env=whole, check=False)
 
 
 def test_help_and_check_import_nothing_heavy() -> None:
@@ -39,7 +43,7 @@ print([name for name in {HEAVY} if name in sys.modules])
 
 def test_shipped_recipes_pass_the_check() -> None:
     recipes = sorted(str(path) for path in (ROOT / "recipes").rglob("*.yaml"))
-    done = tuneserve("check", "--json", *recipes)
+    done = as_process("check", "--json", *recipes)
     assert json.loads(done.stdout) == {"ok": True, "errors": [], "warnings": []}
     assert done.returncode == 0
 
@@ -60,7 +64,7 @@ def test_check_finds_exactly_what_is_wrong(tmp_path: Path) -> None:
     assert {(error["file"], error["path"]) for error in answer["errors"]} == {(str(bad), path) for path in ("lora.rnak", "training.deepspeed", "dataset.train")}
     assert len(answer["errors"]) == 3
     assert "did you mean 'rank'?" in next(error["message"] for error in answer["errors"] if error["path"] == "lora.rnak")
-    plain = tuneserve("check", str(bad))
+    plain = as_process("check", str(bad))
     assert plain.returncode == 2 and plain.stdout == "" and "lora.rnak" in plain.stderr
 
 
@@ -80,6 +84,9 @@ def test_check_finds_exactly_what_is_wrong(tmp_path: Path) -> None:
         ["promote", "catalog/1", "--canary", "nan"],
         ["promote", "catalog/1", "--canary", "1%", "--no-wait"],
         ["promote", "catalog", "--replica", "localhost:8000"],
+        ["promote", "catalog", "--evaluate-on", "localhost:8000"],
+        ["promote", "catalog", "--evaluate-on", "http://a:1", "--force"],
+        ["evaluate", "catalog", "--evaluate-on", "localhost:8000"],
         ["promote", "catalog", "--serving", "none.yaml"],
         ["rollback", "catalog/1"],
         ["rollback", "catalog", "--to", "x"],
@@ -145,11 +152,11 @@ def test_train_says_all_that_is_wrong_with_the_rows_and_starts_nothing(tmp_path:
     recipe = data_project(tmp_path)
     write_rows(tmp_path / "t.jsonl", [row(), row("long" * 20, None), row(image="none.png")])
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    for command in (["train"], ["check", "--deep"]):
-        done = tuneserve(*command, "--json", str(recipe), cwd=tmp_path)
+    for asked in (["train"], ["check", "--deep"]):
+        done = tuneserve(*asked, "--json", str(recipe), cwd=tmp_path)
         errors = json.loads(done.stdout)["errors"]
         assert done.returncode == 2
-        assert [error["path"] for error in errors] == ["row 1.images.0", "row 2", "row 3.images.0"], command
+        assert [error["path"] for error in errors] == ["row 1.images.0", "row 2", "row 3.images.0"], asked
         assert not (tmp_path / "mlruns").exists() and not (tmp_path / ".tuneserve" / "services").exists() and not (tmp_path / ".tuneserve" / "runs").exists()
 
 
@@ -163,10 +170,10 @@ def test_warnings_do_not_fail_a_check(tmp_path: Path) -> None:
 def test_six_faults_are_said_at_once_by_check_and_train(project: Project) -> None:
     recipe = data_project(project.root)
     six_faults(project)
-    for command in (["train"], ["check", "--deep"]):
-        done = tuneserve(*command, "--json", str(recipe), cwd=project.root)
+    for asked in (["train"], ["check", "--deep"]):
+        done = tuneserve(*asked, "--json", str(recipe), cwd=project.root)
         assert done.returncode == 2
-        assert [(error["file"], error["path"]) for error in json.loads(done.stdout)["errors"]] == [(file, path) for file, path, _ in SIX], command
+        assert [(error["file"], error["path"]) for error in json.loads(done.stdout)["errors"]] == [(file, path) for file, path, _ in SIX], asked
 
 
 def test_gc_lists_first_and_removes_only_when_told(tmp_path: Path) -> None:
@@ -191,10 +198,8 @@ def test_gc_lists_first_and_removes_only_when_told(tmp_path: Path) -> None:
 def test_gc_without_its_registry_still_lists_and_leaves_what_it_cannot_judge(tmp_path: Path, tracking_uri: str | None, why: str) -> None:
     (tmp_path / ".tuneserve/runs" / ("a" * 32)).mkdir(parents=True)
     (tmp_path / ".tuneserve/cache/vllm").mkdir(parents=True)
-    unset = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-    environment = unset | ({"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"} if tracking_uri else {})
-    command = [sys.executable, "-m", "pipeline.cli", "gc", "--delete", "--older-than", "0", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    environment = {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"} if tracking_uri else {}
+    done = tuneserve("gc", "--delete", "--older-than", "0", "--json", cwd=tmp_path, **environment)
     entries = {entry["category"]: entry for entry in json.loads(done.stdout)["entries"]}
     assert done.returncode == 0 and not entries["runs"]["removable"] and why in entries["runs"]["reason"]
     assert entries["caches"]["removable"] and not (tmp_path / ".tuneserve/cache/vllm").exists() and (tmp_path / ".tuneserve/runs" / ("a" * 32)).is_dir()
@@ -207,14 +212,14 @@ def test_gc_leaves_the_caches_of_a_running_command_alone(tmp_path: Path, block: 
     picture.touch()
     code = "import click, time; from pipeline.cli import cli; from pipeline.command import opened_project, using_caches; from pipeline.project import find_project; project = find_project()\n"
     code += f"with click.Context(cli, info_name='train'), {block}: print(1, flush=True); time.sleep(60)"
-    command = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE)
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE)
     try:
-        assert command.stdout and command.stdout.readline() == b"1\n"
+        assert running.stdout and running.stdout.readline() == b"1\n"
         (entry,) = json.loads(tuneserve("gc", "--delete", "--json", cwd=tmp_path).stdout)["entries"][:1]
         assert not entry["removable"] and "command runs" in entry["reason"] and picture.exists()
     finally:
-        command.kill()
-        command.wait()
+        running.kill()
+        running.wait()
     assert tuneserve("gc", "--delete", cwd=tmp_path).returncode == 0 and not picture.exists()
 
 
@@ -244,8 +249,7 @@ def test_gc_outside_a_project_makes_nothing(tmp_path: Path) -> None:
 
 def test_a_failed_command_is_in_the_journal_without_its_faults_text(tmp_path: Path) -> None:
     (tmp_path / ".tuneserve/services").mkdir(parents=True)
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": "sqlite:///x", "PREFECT_API_URL": "http://me:secret@127.0.0.1:9/api"}
-    done = subprocess.run([sys.executable, "-m", "pipeline.cli", "promote", "shop"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    done = as_process("promote", "shop", cwd=tmp_path, MLFLOW_TRACKING_URI="sqlite:///x", PREFECT_API_URL="http://me:secret@127.0.0.1:9/api")
     text = (tmp_path / ".tuneserve/logs/tuneserve.jsonl").read_text("utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     assert done.returncode == 1 and "secret" not in text

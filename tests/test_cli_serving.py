@@ -1,7 +1,8 @@
-"""The commands that change and show what is served, as processes: against a small MLflow and replicas on this machine, or none."""
+"""The commands that change and show what is served: against a small MLflow and replicas on this machine, or none."""
 
+import contextlib
 import json
-import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,19 +13,24 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from pipeline import cli_serving
 from pipeline.adapter import read_adapter
+from pipeline.errors import InvalidInput
 from pipeline.registry import Registry, Version
 from pipeline.switch import Disabled
 from pipeline.version import BASE_REVISION_TAG, CANARY_TAG, DIGEST_TAG, DISABLED_TAG, TEMPLATE_DIGEST_TAG
+from tests import command
 from tests.conftest import write_adapter
 from tests.replicas import TOKEN, FakeReplica, http_server, model, served
 
 
-def tuneserve(cwd: Path, *args: str, mlflow: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    unwanted = {"PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "TUNESERVE_PROJECT"}
-    kept = {key: value for key, value in os.environ.items() if key not in unwanted}
-    kept |= ({"MLFLOW_TRACKING_URI": mlflow} if mlflow else {}) | environment
-    return subprocess.run([sys.executable, "-m", "pipeline.cli", *args], capture_output=True, text=True, cwd=cwd, env=kept, check=False)
+def tuneserve(cwd: Path, *args: str, mlflow: str | None = None) -> subprocess.CompletedProcess[str]:
+    return command.tuneserve(cwd, *args, **({"MLFLOW_TRACKING_URI": mlflow} if mlflow else {}))
+
+
+def as_process(cwd: Path, *args: str, mlflow: str) -> subprocess.CompletedProcess[str]:
+    environment = command.command_environment(MLFLOW_TRACKING_URI=mlflow)
+    return subprocess.run([sys.executable, "-m", "pipeline.cli", *args], capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 
 
 @pytest.fixture
@@ -84,11 +90,12 @@ def test_status_shows_the_registry_against_each_replica_and_changes_nothing(home
     assert said["registry"]["shop"]["champion"] == {"version": "1", "digest": "1" * 64}
     assert {replica["url"]: replica["state"] for replica in said["replicas"]} == {one: "ready", two: "ready", "http://127.0.0.1:9": "unreachable"}
     assert ["cannot be reached" in problem for problem in said["problems"]] == [True]
-    shown = tuneserve(home, "status", "--replica", one, mlflow=mlflow)
+    shown = as_process(home, "status", "--replica", one, mlflow=mlflow)
     assert shown.returncode == 0 and "every ready replica is as the registry says" in shown.stdout and one in shown.stdout
 
 
-def test_status_fails_if_a_replica_lags_and_forgives_one_that_catches_up(home: Path, serve: Callable[..., str]) -> None:
+def test_status_fails_if_a_replica_lags_and_forgives_one_that_catches_up(home: Path, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_serving, "LAG_SECONDS", 0.05)
     mlflow = serve(SmallMlflow("2"))
     lagging = serve(FakeReplica(shop("1", error="rank 64 > 16", code="rank-too-large")))
     done = tuneserve(home, "status", "--replica", lagging, "--json", mlflow=mlflow)
@@ -162,17 +169,19 @@ def test_what_needs_no_flow_imports_no_prefect() -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-@pytest.fixture
-def registered(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Registry, Version]:
-    """MLflow's real store in a file, with shop/1, the champion, and shop/2."""
-    monkeypatch.chdir(home)
-    registry = Registry(f"sqlite:///{home}/mlflow.db")
-    for scale in (1.0, 2.0):
-        adapter = read_adapter(write_adapter(home / f"adapter-{scale}", scale))
-        with registry.run("shop", {}, {}) as run:
-            version = registry.register("shop", run.run_id, adapter, {}, "base", "template", "i")
-    registry.move_champion("shop", "1")
-    return registry, version
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[tuple[Registry, Version]]:
+    """MLflow's real store in a file, with shop/1, the champion, and shop/2. No canary runs before a test, nor after it."""
+    folder = tmp_path_factory.mktemp("store")
+    shutil.copy(empty_store, folder)
+    registry = Registry(f"sqlite:///{folder}/mlflow.db")
+    with contextlib.chdir(folder):  # where artifacts go
+        for scale in (1.0, 2.0):
+            adapter = read_adapter(write_adapter(folder / f"adapter-{scale}", scale))
+            with registry.run("shop", {}, {}) as run:
+                version = registry.register("shop", run.run_id, adapter, {}, "base", "template", "i")
+        registry.move_champion("shop", "1")
+        yield registry, version
 
 
 def following(registry: Registry) -> FakeReplica:
@@ -209,6 +218,41 @@ def test_canaries_and_switches_from_the_command_line(home: Path, registered: tup
     assert registry.deployment("shop").tags_of("1")
     shown = tuneserve(home, "enable", "shop/1", "--replica", url, mlflow=registry.uri)
     assert shown.returncode == 0 and f"shop/1 is switched on\nit is so on {url}" in shown.stdout
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1h", 3600), ("1.5m", 90), (" 2m ", 120)])
+def test_a_duration_has_a_unit(text: str, seconds: float) -> None:
+    assert cli_serving._seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["10", "", "0s", "-1m", "1d", "m", "nan s", "1h30m"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput, match="90s, 10m or 1h"):
+        cli_serving._seconds(text)
+
+
+def test_canary_steps_grow() -> None:
+    assert cli_serving._percents("10%") == [10.0] and cli_serving._percents("5%,25%, 50") == [5.0, 25.0, 50.0]
+    for text in ("25%,5%", "5%,5%"):
+        with pytest.raises(InvalidInput, match="shares that grow"):
+            cli_serving._percents(text)
+    with pytest.raises(InvalidInput, match="0% to 100%"):
+        cli_serving._percents("5%,,50%")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--watch", "10"], "is no duration"),
+        (["--watch", "10m", "--no-wait"], "what is watched must be live first"),
+        (["--canary", "5%,25%"], "say for how long: --watch 10m"),
+        (["--canary", "5%,25%", "--watch", "soon"], "is no duration"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused_before_anything_starts(home: Path, options: list[str], said: str) -> None:
+    before = files_in(home)
+    done = tuneserve(home, "promote", "shop/2", *options, "--json")
+    assert done.returncode == 2 and said in json.loads(done.stdout)["errors"][0]["message"] and files_in(home) == before
 
 
 def test_a_change_that_cannot_be_made_says_the_remedy(home: Path, registered: tuple[Registry, Version]) -> None:

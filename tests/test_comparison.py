@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from pipeline import comparison
 from pipeline.comparison import Comparison, compare, worst
 from pipeline.errors import InvalidInput
 from pipeline.evaluation import Answer, Evaluation
@@ -48,14 +49,15 @@ def test_the_same_answers_are_a_tie_and_the_interval_is_reproducible() -> None:
     assert wide.low < narrow.low <= narrow.high < wide.high
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "RESAMPLES", 1000)  # a rougher interval, many times
     dice = random.Random(11)
     covered = 0
-    for _ in range(60):
+    for _ in range(100):
         pairs = [(dice.random() < 0.7, dice.random() < 0.6) for _ in range(150)]
         found = overall([ours for ours, _ in pairs], [theirs for _, theirs in pairs], 0.9)
         covered += found.low <= 0.1 <= found.high
-    assert 45 <= covered <= 60
+    assert 80 <= covered <= 97
 
 
 def test_parts_are_compared_on_their_own() -> None:

@@ -136,7 +136,7 @@ def test_a_server_that_does_not_come_up_is_an_error_with_its_log(website: Callab
 def test_anothers_server_on_our_port_is_not_taken_for_ours(project: Project, website: Callable[..., services.service]) -> None:  # type: ignore[valid-type]
     with website() as other:
         argv = [sys.executable, "-c", "import time; time.sleep(600)"]
-        mine = services.service(project, "mine", identity="x", command=lambda: (argv, other.url), health="/", start_seconds=1.5)
+        mine = services.service(project, "mine", identity="x", command=lambda: (argv, other.url), health="/", start_seconds=0.5)
         with pytest.raises(ProcessFailed, match="mine was not up"), mine:
             pass
 

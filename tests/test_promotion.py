@@ -1,13 +1,17 @@
 """Aliases and switches move only as ready replicas follow; else they are back where they were. Registry and replicas are stood in for at their boundary."""
 
+import contextlib
 import fcntl
+import itertools
 import json
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,6 +19,7 @@ from pipeline import convergence, promotion
 from pipeline.errors import InvalidInput, RegistryError, ServingError
 from pipeline.fleet import Fleet
 from pipeline.history import Grounds, history
+from pipeline.lock import Lock
 from pipeline.promotion import Promotion, disable, enable, end_canary, promote, rollback_target, set_canary, start_canary
 from pipeline.registry import Deployment, Version
 from pipeline.switch import Disabled
@@ -98,7 +103,7 @@ class World:
 
     def __init__(self, tmp_path: Path, champion: str | None = "1") -> None:
         self.registry: Any = FakeRegistry(champion)
-        self.lock = tmp_path / "lock"
+        self.lock = Lock("promote/shop", tmp_path / "lock")
         self.replicas: dict[str, FakeReplica] = {}
         self.fleets: list[Fleet] = []
 
@@ -185,7 +190,7 @@ def test_the_alias_goes_back_if_a_replica_refuses(before: str | None, world: Wor
     refusing = world.add(B, refuses=("2",))
     with pytest.raises(ServingError, match=r"http://b:1 does not serve shop/2: rank 64 > 16 \(rank-too-large\)\. The alias is back where it was"):
         world.promote(wait_seconds=0.1)
-    assert world.registry.now == before and world.registry.previous == {}
+    assert world.registry.now == before
     assert refusing.hints[-1] == {"name": "shop", "alias": "champion", "version": "2"}
 
 
@@ -324,7 +329,7 @@ def test_a_server_here_that_follows_something_else_does_not_count(world: World) 
 
 def test_promotions_of_one_model_wait_for_one_another(world: World) -> None:
     world.add(A)
-    with world.lock.open("wb") as held, ThreadPoolExecutor() as pool:
+    with world.lock.file.open("wb") as held, ThreadPoolExecutor() as pool:
         fcntl.flock(held, fcntl.LOCK_EX)
         waiting = pool.submit(world.promote)
         with pytest.raises(TimeoutError):
@@ -339,7 +344,7 @@ def test_a_promotion_ends_the_canary_once_the_champion_is_live(world: World) -> 
     world.canary("2")
     done = world.promote("3")
     assert done.ended_canary == "2" and world.registry.canary is None and world.registry.shares == {}
-    assert world.registry.calls[-3:] == [("champion", "3"), ("candidate", None), ("share", "2", None)]
+    assert world.registry.calls[-3:] == [("champion", "3"), ("share", "2", None), ("candidate", None)]
     assert [hint["alias"] for hint in replica.hints] == ["candidate", "champion", "candidate"]
     world.canary("1")
     assert world.promote("1").ended_canary == "1"
@@ -514,7 +519,7 @@ def test_what_became_of_each_version_is_on_record(world: Any) -> None:
     promotion.decline(world.registry, world.registry.version("shop", "2"), world.lock, "kept", Grounds("me", "a tie"))
     world.add(B, refuses=("2",))
     with pytest.raises(ServingError, match="rank 64 > 16"):
-        world.promote("2")
+        world.promote("2", wait_seconds=0.5)
     told = [(entry.action, entry.version, entry.before, entry.after) for entry in history(world.registry, "shop")[::-1]]
     assert told == [
         ("moved-outside", "1", None, "1"),
@@ -533,3 +538,96 @@ def test_a_version_that_was_compared_with_another_champion_is_not_promoted(world
     assert world.registry.now == "1" and not world.registry.calls
     promote(world.registry, world.registry.version("shop", "2"), world.fleet(), world.lock, 1.0, instead_of="1")
     assert world.registry.now == "2"
+
+
+def test_a_move_by_other_hands_while_replicas_are_looked_at_is_not_overwritten(world: Any) -> None:
+    replica = world.add(A)
+    said = replica.models
+
+    def moved_when_asked() -> dict[str, Any]:
+        world.registry.now = "3"
+        found: dict[str, Any] = said()
+        return found
+
+    replica.models = moved_when_asked
+    with pytest.raises(ServingError, match="champion of shop was moved outside tuneserve meanwhile, to shop/3; nothing was changed"):
+        world.promote("2")
+    assert world.registry.now == "3" and ("champion", "2") not in world.registry.calls
+    assert [(entry.action, entry.before, entry.after) for entry in history(world.registry, "shop")[:2]] == [("moved-outside", "1", "3"), ("failed", "1", "1")]
+
+
+def test_a_lost_lock_is_noticed_before_the_alias_moves(world: Any) -> None:
+    @contextlib.contextmanager
+    def lost() -> Iterator[Any]:
+        def check() -> None:
+            raise ServingError("the lock database does not answer")
+
+        yield check
+
+    world.add(A)
+    world.lock = Mock(held=lost)
+    for change in (world.promote, world.canary):
+        with pytest.raises(ServingError, match="does not answer"):
+            change("2")
+    assert world.registry.calls == [] and world.registry.now == "1"
+
+
+class Killed(BaseException):
+    """The process is no more; nothing that it would still do happens."""
+
+
+class Dying(FakeRegistry):
+    """The registry as a process sees it that is killed at one of its calls, before or after it took effect."""
+
+    lives: int | None = None
+    after_effect = False
+
+    def __getattribute__(self, name: str) -> Any:
+        found = object.__getattribute__(self, name)
+        if name.startswith("_") or not callable(found):
+            return found
+
+        def call(*args: Any) -> Any:
+            lives = object.__getattribute__(self, "lives")
+            if lives is None:
+                return found(*args)
+            self.lives = lives - 1
+            if lives < 0 or (lives == 0 and not self.after_effect):
+                raise Killed
+            result = found(*args)
+            if lives == 0:
+                raise Killed
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("after_effect", [False, True])
+@pytest.mark.parametrize("rolls_back", [False, True])
+def test_killed_at_any_call_a_rerun_ends_in_one_consistent_state(tmp_path: Path, *, after_effect: bool, rolls_back: bool) -> None:
+    kills = 0
+    while True:
+        world: Any = World(tmp_path)
+        world.registry = Dying("1")
+        world.add(A)
+        world.promote("2")
+        world.canary("3")
+        wanted = "1" if rolls_back else "3"
+        command = world.rollback if rolls_back else lambda world=world: world.promote("3")
+        world.registry.lives, world.registry.after_effect = kills, after_effect
+        try:
+            command()
+        except Killed:
+            kills += 1
+        else:
+            break
+        world.registry.lives = None
+        newest = history(world.registry, "shop")[0]
+        if not (rolls_back and newest.action == "rolled-back" and not newest.open):  # else it was killed when all was done: once more would go further back
+            command()
+        told = history(world.registry, "shop")
+        assert world.registry.now == wanted == told[0].after, kills
+        assert world.registry.canary is None and world.registry.shares == {} and not any(entry.open for entry in told)
+        assert all(newer.before == older.after for newer, older in itertools.pairwise(told)), told
+        assert world.registry.previous == ({"2": "1"} if rolls_back else {"2": "1", "3": "2"})
+    assert kills >= 8

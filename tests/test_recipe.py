@@ -81,6 +81,19 @@ def test_settings_that_do_not_go_together_are_all_named(tmp_path: Path, text: st
     assert set(faults(tmp_path, GOOD + text + "\n")) == paths
 
 
+def test_a_judge_is_named_where_it_decides_and_its_key_nowhere(tmp_path: Path) -> None:
+    judge = "{url: 'https://j.example.com/v1', model: j, api_key_env: JUDGE_KEY}"
+    recipe = load(tmp_path, GOOD + f"promotion: {{metric: judge, judge: {judge}}}\n")
+    assert isinstance(recipe, FinetuneRecipe) and recipe.promotion.judge and recipe.promotion.judge.show_images
+    assert load(tmp_path, dump_recipe(recipe)) == recipe
+    assert "add it" in faults(tmp_path, GOOD + "promotion: {metric: judge}\n")["promotion.metric"]
+    wrong = "{url: 'https://me:hidden@j.example.com/v1', model: j, api_key_env: sk-hidden, api_key: sk-hidden, concurrency: 0}"
+    found = faults(tmp_path, GOOD + f"promotion: {{judge: {wrong}}}\n")
+    assert set(found) == {f"promotion.judge.{key}" for key in ("url", "api_key_env", "api_key", "concurrency")}
+    assert "hidden" not in str(found) and "name of an environment variable" in found["promotion.judge.api_key_env"]
+    assert "did you mean 'api_key_env'" in found["promotion.judge.api_key"]
+
+
 @pytest.mark.parametrize("lora", ["{rank: '16'}", "{rank: true}", "{alpha: .inf}", "{rank: 8, rank: 16}", "{rank: 1.5}", "{target_modules: q_proj}"])
 def test_nothing_is_guessed_from_a_value_of_the_wrong_kind(tmp_path: Path, lora: str) -> None:
     assert faults(tmp_path, GOOD + f"lora: {lora}\n")

@@ -1,6 +1,7 @@
 """The registry against MLflow's real store (SQLite in a file, no server), and metrics while MLflow is away."""
 
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +25,9 @@ EXTRA = {"recipe.yaml": "name: shop\n", "swift_args.json": "{}"}
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+def registry(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("mlflow")
+    shutil.copy(empty_store, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield Registry(f"sqlite:///{folder}/mlflow.db")
@@ -272,8 +274,11 @@ def test_what_disk_asks_of_it(registry: Registry, tmp_path: Path) -> None:
     assert "kept/1" not in {found.label for found in registry.registered()}
 
 
-def test_an_empty_database_in_the_place_of_a_lost_one_clears_no_adapter(registry: Registry, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_database_in_the_place_of_a_lost_one_clears_no_adapter(
+    registry: Registry, project: Project, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     version = register(registry, project.runs / "x", "lost")
+    shutil.copy(empty_store, project.root)
     folders = [project.runs / version.run_id, project.mlruns / "artifacts" / "1" / version.run_id]
     for folder in folders:
         write_adapter(folder / "adapter")

@@ -68,17 +68,18 @@ def train(base: Path, rows: Dataset, folder: Path, **sections: Any) -> Trained:
     return Trained(adapter, run, metrics)
 
 
-def test_layers_and_rslora(base: Path, rows: Dataset, tmp_path: Path) -> None:
-    trained = train(base, rows, tmp_path, lora={"layers": (1, 2), "rslora": True})
-    assert trained.modules == {f"language_model.layers.{layer}.self_attn.{name}" for layer in (1, 2) for name in ATTENTION}
-    assert trained.config["use_rslora"] and trained.adapter.rank == 16
+@pytest.fixture(scope="module")
+def plain(base: Path, rows: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Trained as the recipe says."""
+    return train(base, rows, tmp_path_factory.mktemp("plain"))
 
 
-def test_the_vision_towers_attention_and_the_aligner(base: Path, rows: Dataset, tmp_path: Path) -> None:
-    trained = train(base, rows, tmp_path, lora={"target_modules": ("q_proj",), "freeze_vit": False, "freeze_aligner": False})
-    language = {f"language_model.layers.{layer}.self_attn.q_proj" for layer in range(4)}
+def test_layers_rslora_the_vision_towers_attention_and_the_aligner(base: Path, rows: Dataset, tmp_path: Path) -> None:
+    trained = train(base, rows, tmp_path, lora={"layers": (1, 2), "rslora": True, "freeze_vit": False, "freeze_aligner": False})
+    language = {f"language_model.layers.{layer}.self_attn.{name}" for layer in (1, 2) for name in ATTENTION}
     vision = {f"visual.blocks.{block}.attn.{name}" for block in (0, 1) for name in ("qkv", "proj")}
     assert trained.modules == language | vision | {"visual.merger.proj"}
+    assert trained.config["use_rslora"] and trained.adapter.rank == 16
 
 
 def test_early_stopping_keeps_the_best_checkpoint(base: Path, rows: Dataset, tmp_path: Path) -> None:
@@ -103,15 +104,15 @@ def test_early_stopping_keeps_the_best_checkpoint(base: Path, rows: Dataset, tmp
     assert checkpoints(again.folder / "swift")[-1].step == last.step and again.adapter.digest == trained.adapter.digest
 
 
-def test_the_kept_checkpoints_can_be_gone_on_from_and_a_finished_training_is_not_run_again(base: Path, rows: Dataset, tmp_path: Path) -> None:
-    first = train(base, rows, tmp_path)
-    log = next((tmp_path / ".tuneserve/logs").glob("*.log"))
+def test_the_kept_checkpoints_can_be_gone_on_from_and_a_finished_training_is_not_run_again(base: Path, rows: Dataset, plain: Trained) -> None:
+    project = plain.folder.parents[2]
+    log = next((project / ".tuneserve/logs").glob("*.log"))
     before = log.stat().st_mtime_ns
-    assert train(base, rows, tmp_path).adapter == first.adapter
+    assert train(base, rows, project).adapter == plain.adapter
     assert log.stat().st_mtime_ns == before
-    (first.adapter.folder).rename(tmp_path / "kept")  # as if killed after the last checkpoint, before the adapter was taken out of it
-    again = train(base, rows, tmp_path)
-    assert again.adapter.digest == first.adapter.digest
+    plain.adapter.folder.rename(project / "kept")  # as if killed after the last checkpoint, before the adapter was taken out of it
+    again = train(base, rows, project)
+    assert again.adapter.digest == plain.adapter.digest
 
 
 def test_preferences(base: Path, rows: Dataset, tmp_path: Path) -> None:
@@ -122,9 +123,8 @@ def test_preferences(base: Path, rows: Dataset, tmp_path: Path) -> None:
     assert last["loss"] < first["loss"] and last["rewards/margins"] > 0
 
 
-def test_row_weights(base: Path, rows: Dataset, tmp_path: Path) -> None:
+def test_row_weights(base: Path, rows: Dataset, plain: Trained, tmp_path: Path) -> None:
     light = tuple(dataclasses.replace(example, weight=0.01) for example in rows.train)
-    plain = train(base, rows, tmp_path / "plain")
-    weighted = train(base, dataclasses.replace(rows, train=light), tmp_path / "weighted", training={"row_weights": True})
+    weighted = train(base, dataclasses.replace(rows, train=light), tmp_path, training={"row_weights": True})
     loss, weighted_loss = plain.metrics[0][1]["loss"], weighted.metrics[0][1]["loss"]
     assert 0.01 * loss < weighted_loss < 0.5 * loss, "what is left is the end token's, which has no weight"

@@ -45,6 +45,7 @@ class Assessment:
             "version": self.version,
             "champion": self.champion,
             "metric": self.rules.metric,
+            "judge": self.judge,
             "examples": len(self.own.answers),
             "dataset_digest": self.dataset_digest,
             "scores": {side: figures(answers) for side, answers in sides.items()},
@@ -54,6 +55,16 @@ class Assessment:
             "decision": self.decision.as_dict(),
             "mlflow_run_id": self.run_id,
         }
+
+    @property
+    def judge(self) -> str | None:
+        """The model that graded the answers; None if none did."""
+        return self.rules.judge.model if self.rules.judge and "judge" in self.own.metrics else None
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The metrics that people are told: the rules', and the judge's where there are grades."""
+        return tuple(dict.fromkeys([self.rules.metric, *(["judge"] if self.judge else [])]))
 
     def _name(self, side: str) -> str:
         return self.champion or side if side == CHAMPION else side
@@ -68,13 +79,13 @@ class Assessment:
         return found
 
     def table(self) -> str:
-        """Every answer, as JSON Lines: the row, what was wanted, and per side its text, the metric and its seconds."""
+        """Every answer, as JSON Lines: the row, what was wanted, and per side its text, the metric, a judge's grade and its seconds."""
         value = METRICS[self.rules.metric]
         sides = {"version": self.own, **self.others}
         lines = []
         for index, answer in enumerate(self.own.answers):
             given = {
-                side: {"text": each.text, self.rules.metric: value(each), "seconds": round(each.seconds, 3), "model": each.model}
+                side: {"text": each.text, self.rules.metric: value(each), **grade(each), "seconds": round(each.seconds, 3), "model": each.model}
                 for side, answers in sides.items()
                 for each in [answers.answers[index]]
             }
@@ -90,22 +101,31 @@ class Assessment:
     def lines(self) -> list[str]:
         """For a terminal."""
         metric = self.rules.metric
-        found = [f"{self.version} on {len(self.own.answers)} held-out rows ({metric}; seconds an answer, {_seconds(self.own)})"]
+        found = [f"{self.version} on {len(self.own.answers)} held-out rows ({metric}{self._graded()}; seconds an answer, {_seconds(self.own)})"]
         for side, answers in {self.version: self.own, **{self._name(side): answers for side, answers in self.others.items()}}.items():
             parts = ", ".join(f"{part} {part_mean(answers, part, metric):.1%}" for part in answers.parts)
-            found.append(f"{side:>20}: {answers.mean(metric):.1%} ({parts})")
+            judged = f", judge {answers.mean('judge'):.1%}" if self.judge and metric != "judge" else ""
+            found.append(f"{side:>20}: {answers.mean(metric):.1%} ({parts}){judged}")
         found += [f"against {self._name(side)}: {comparisons[0]}" for side, comparisons in self.against.items()]
         found += [f"parity: {self.parity.verdict}, {self.parity.reason}"] if self.parity else []
         return [*found, f"decision: {self.decision.text}"]
+
+    def _graded(self) -> str:
+        return f"; graded by {self.judge}" if self.judge else ""
 
     def markdown(self) -> str:
         """For Prefect: the decision, the scores per part, and what got worst against the champion, with pictures."""
         metric = self.rules.metric
         sides = {self.version: self.own, **{self._name(side): answers for side, answers in self.others.items()}}
         rows = ["| | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
-        rows += [f"| **{metric}** | " + " | ".join(f"{answers.mean(metric):.1%}" for answers in sides.values()) + " |"]
+        rows += [f"| **{each}** | " + " | ".join(f"{answers.mean(each):.1%}" for answers in sides.values()) + " |" for each in self.told]
         rows += [f"| {part} | " + " | ".join(f"{part_mean(answers, part, metric):.1%}" for answers in sides.values()) + " |" for part in self.own.parts]
-        text = [f"**{self.decision.verdict}** {self.version}", *(f"- {html.escape(str(reason))}" for reason in self.decision.reasons), "", *rows]
+        text = [
+            f"**{self.decision.verdict}** {self.version}{html.escape(self._graded())}",
+            *(f"- {html.escape(str(reason))}" for reason in self.decision.reasons),
+            "",
+            *rows,
+        ]
         if champion := self.others.get(CHAMPION):
             text += ["", f"### Worst against {self.champion}"]
             text += [_regression(self.version, ours, str(self.champion), theirs) for ours, theirs in worst(self.own, champion, metric, SHOWN_REGRESSIONS)] or [
@@ -147,8 +167,8 @@ def parity_fault(parity: Parity, rules: PromotionRules) -> str | None:
 
 
 def figures(answers: Evaluation) -> dict[str, Any]:
-    """Every metric, the rates and the seconds of one evaluation."""
-    means = {metric: round(answers.mean(metric), 4) for metric in METRICS}
+    """Every metric that is known, the rates and the seconds of one evaluation."""
+    means = {metric: round(answers.mean(metric), 4) for metric in answers.metrics}
     rates = {"empty_rate": round(answers.empty_rate, 4), "refusal_rate": round(answers.refusal_rate, 4)}
     return {**means, **rates, "p50_seconds": round(answers.seconds(50), 3), "p95_seconds": round(answers.seconds(95), 3), "answered_by": list(answers.models)}
 
@@ -157,6 +177,11 @@ def part_mean(answers: Evaluation, part: str, metric: str) -> float:
     indices = answers.indices(part)
     value = METRICS[metric]
     return sum(value(answers.answers[index]) for index in indices) / len(indices) if indices else math.nan
+
+
+def grade(answer: Answer) -> dict[str, float]:
+    """The judge's grade as a field, if there is one."""
+    return {} if answer.grade is None else {"judge": answer.grade}
 
 
 def _seconds(answers: Evaluation) -> str:

@@ -33,7 +33,8 @@ def card(version: Version, known: Mapping[str, str], found: Assessment) -> str:
     own = figures(found.own)
     lines = [f"# {version.label}", "", f"A LoRA adapter, served unmerged. Digest `{version.digest}`, base revision `{version.base_revision}`.", ""]
     lines += ["## Training", *(f"- {title}: {said(keys)}" for title, keys in LINEAGE), ""]
-    lines += [f"## Scores on {len(found.own.answers)} held-out rows", f"- {metric}: {own[metric]:.1%}"]
+    lines += [f"## Scores on {len(found.own.answers)} held-out rows", *(f"- {each}: {own[each]:.1%}" for each in found.told)]
+    lines += [f"- graded by {found.judge}"] if found.judge else []
     lines += [f"- against {found.champion if side == 'champion' else side}: {comparisons[0]}" for side, comparisons in found.against.items()]
     lines += [f"- {part}: {part_mean(found.own, part, metric):.1%} of {len(found.own.indices(part))} rows" for part in found.own.parts]
     lines += [f"- seconds an answer: p50 {own['p50_seconds']}, p95 {own['p95_seconds']}", f"- decision: {found.decision.text}", ""]

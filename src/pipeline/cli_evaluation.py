@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli_serving import adapter_of, chosen_replicas, finetune_option, fleet_options
+from pipeline.cli_serving import adapter_of, chosen_replicas, evaluate_on_option, evaluation_replica, finetune_option, fleet_options
 from pipeline.command import flow_servers, json_option, opened_project
 
 
@@ -14,10 +14,18 @@ from pipeline.command import flow_servers, json_option, opened_project
 @finetune_option
 @click.option("--baselines", is_flag=True, help="Also score the base with a few training rows in its prompt: what a prompt alone buys.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask only N of the held-out rows, evenly spread.")
+@evaluate_on_option
 @fleet_options
 @json_option
 def evaluate(
-    adapter: str, finetune_path: Path | None, baselines: bool, limit: int | None, recipe_path: Path | None, replica_urls: tuple[str, ...], as_json: bool
+    adapter: str,
+    finetune_path: Path | None,
+    baselines: bool,
+    limit: int | None,
+    evaluate_on: str | None,
+    recipe_path: Path | None,
+    replica_urls: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Ask a version (default: the newest), the champion and the base the recipe's held-out questions, and say what its `promotion:` rules decide.
 
@@ -28,6 +36,7 @@ def evaluate(
 
     name, version = adapter_of(adapter)
     serving, urls = chosen_replicas(recipe_path, replica_urls)
+    asked = evaluation_replica(serving, evaluate_on)
     if finetune_path is not None:
         load_recipe(finetune_path, FinetuneRecipe)  # a wrong recipe is refused before any server starts
     with opened_project() as project, flow_servers(project) as (mlflow_uri, _):
@@ -35,7 +44,7 @@ def evaluate(
         from pipeline.fleet import addresses_of
 
         recipe = str(finetune_path) if finetune_path else None
-        found = flow(name, version, addresses_of(project, serving, urls), recipe_path=recipe, baselines=baselines, limit=limit)
+        found = flow(name, version, addresses_of(project, serving, urls), recipe_path=recipe, baselines=baselines, limit=limit, evaluate_on=asked)
     if as_json:
         click.echo(json.dumps(found.as_dict()))
         return

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
     from pipeline.convergence import Reach
     from pipeline.fleet import Fleet
     from pipeline.fleet_status import FleetStatus, ReplicaReport
+    from pipeline.lock import Lock
     from pipeline.project import Project
     from pipeline.promotion import Promotion
     from pipeline.recipe import ServingRecipe
     from pipeline.registry import Registry
     from pipeline.serving.wanted import Wanted
+    from pipeline.watch import Watched
 
 LAG_SECONDS = 1.5
 """A replica that is behind is looked at once more after this: it polls once a second, and so it may be for a moment after every change."""
@@ -38,6 +42,13 @@ finetune_option = click.option(
     "finetune_path",
     type=click.Path(path_type=Path),
     help="Whose held-out rows and `promotion:` rules count; default: the recipe that it was trained by.",
+)
+
+
+evaluate_on_option = click.option(
+    "--evaluate-on",
+    metavar="URL",
+    help="The replica that is asked the held-out questions; default: the serving recipe's `evaluation_replica:`, else the first that follows NAME.",
 )
 
 
@@ -58,18 +69,31 @@ def fleet_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command(short_help="Make a version champion, or a canary.")
 @click.argument("adapter", metavar="NAME[/VERSION]")
-@click.option("--canary", metavar="PERCENT", help="Give the version this share of the name's requests instead, beside the champion; 10% for example.")
+@click.option(
+    "--canary",
+    metavar="PERCENT[,PERCENT]...",
+    help="Give the version this share of the name's requests instead, beside the champion; 10% for example. Several (5%,25%,50%): one after the other, with --watch.",
+)
+@click.option(
+    "--watch",
+    "watch",
+    metavar="TIME",
+    help="Watch its failures and speed for so long (90s, 10m, 1h) under its users' requests, or at each canary step, and take it out again if they break the rules.",
+)
 @click.option("--wait/--no-wait", default=True, help="Wait until every ready replica serves it (default), or only move the alias.")
 @click.option("--force", is_flag=True, help="Do not compare it with the champion; recorded as such. Replicas still refuse what they cannot serve.")
 @finetune_option
+@evaluate_on_option
 @fleet_options
 @json_option
 def promote(
     adapter: str,
     canary: str | None,
+    watch: str | None,
     wait: bool,
     force: bool,
     finetune_path: Path | None,
+    evaluate_on: str | None,
     recipe_path: Path | None,
     replica_urls: tuple[str, ...],
     as_json: bool,
@@ -81,24 +105,51 @@ def promote(
 
     Replicas: --replica, else --serving, else every running server of this project that follows NAME. Those that cannot be reached are reported: they look at
     the registry before they are ready. A promotion ends the model's canary.
+
+    With --watch it then compares failures and times with the champion's, by the replicas' own counters and the recipe's `promotion.watch` rules. A breach makes the
+    champion before it champion again, or ends the canary, and exits 1. Time in which too few requests came does not count; it ends after three times TIME in any case.
     """
     name, version = adapter_of(adapter)
-    percent = _percent(canary) if canary is not None else None
-    if percent is not None and not wait:
+    percents = _percents(canary) if canary is not None else None
+    watch_seconds = _seconds(watch) if watch is not None else None
+    if percents and not wait:
         raise InvalidInput([Fault("--no-wait", "", "a canary is always waited for; leave --no-wait or --canary out")])
+    if evaluate_on and (force or percents):
+        raise InvalidInput([Fault("--evaluate-on", "", "nothing is evaluated with --force or --canary; leave --evaluate-on or that out")])
+    if watch_seconds and not wait:
+        raise InvalidInput([Fault("--no-wait", "", "what is watched must be live first; leave --no-wait or --watch out")])
+    if percents and len(percents) > 1 and not watch_seconds:
+        raise InvalidInput([Fault("--canary", "", f"{canary} are steps, and each is watched before the next; say for how long: --watch 10m")])
     recipe, urls = chosen_replicas(recipe_path, replica_urls)
+    asked = evaluation_replica(recipe, evaluate_on)
     with opened_project() as project, flow_servers(project) as (mlflow_uri, _):
         from flows.promote import promote as flow
         from pipeline.fleet import addresses_of
 
         addresses, fails = addresses_of(project, recipe, urls), _unreachable_fails(recipe)
         rows = str(finetune_path) if finetune_path else None
-        done = flow(name, version, addresses, canary_percent=percent, unreachable_fails=fails, wait=wait, force=force, recipe_path=rows)
+        done = flow(
+            name,
+            version,
+            addresses,
+            canary_percents=percents,
+            watch_seconds=watch_seconds,
+            unreachable_fails=fails,
+            wait=wait,
+            force=force,
+            recipe_path=rows,
+            evaluate_on=asked,
+        )
     if done.assessment and not as_json:
         click.echo("\n".join(done.assessment.lines()))
     if done.promotion is None:
         raise ServingError(done.kept_out)
-    _show_promotion(done.promotion, mlflow_uri, wait, as_json, done.assessment)
+    if (last := done.watched[-1] if done.watched else None) and last.ended == "interrupted":
+        click.echo(last.text, err=True)
+        raise KeyboardInterrupt
+    if last and (last.ended in ("breach", "moved") or len(done.watched) < len(percents or [])):
+        raise ServingError(last.text)
+    _show_promotion(done.promotion, mlflow_uri, wait, as_json, done.assessment, done.watched)
 
 
 @click.command(short_help="Make the champion before this one champion again.")
@@ -133,7 +184,7 @@ def canary(name: str, share: str, recipe_path: Path | None, replica_urls: tuple[
     name, _ = adapter_of(name, versioned=False)
     percent = None if share == "end" else _percent(share)
 
-    def change(registry: "Registry", fleet: "Fleet", lock: Path) -> None:
+    def change(registry: "Registry", fleet: "Fleet", lock: "Lock") -> None:
         from pipeline import promotion
 
         if percent is not None:
@@ -163,7 +214,7 @@ def disable(adapter: str, reason: str, recipe_path: Path | None, replica_urls: t
     name, version = adapter_of(adapter)
     switched_off_now(reason)  # a wrong reason is said before any server starts
 
-    def change(registry: "Registry", fleet: "Fleet", lock: Path) -> None:
+    def change(registry: "Registry", fleet: "Fleet", lock: "Lock") -> None:
         from pipeline import promotion
 
         done = promotion.disable(registry, name, version, reason, fleet)
@@ -181,7 +232,7 @@ def enable(adapter: str, recipe_path: Path | None, replica_urls: tuple[str, ...]
     """Switch a name, or a version, on that was switched off; returns once every ready replica shows it."""
     name, version = adapter_of(adapter)
 
-    def change(registry: "Registry", fleet: "Fleet", lock: Path) -> None:
+    def change(registry: "Registry", fleet: "Fleet", lock: "Lock") -> None:
         from pipeline import promotion
 
         done = promotion.enable(registry, name, version, fleet)
@@ -241,11 +292,40 @@ def _percent(text: str) -> float:
     return percent
 
 
+def _percents(text: str) -> list[float]:
+    """The shares of `10%` or `5%,25%,50%`, each larger than the one before."""
+    percents = [_percent(part) for part in text.split(",")]
+    if any(after <= before for before, after in itertools.pairwise(percents)):
+        raise InvalidInput([Fault(text, "", "a canary's steps are shares that grow, for example 5%,25%,50%")])
+    return percents
+
+
+def _seconds(text: str) -> float:
+    """The duration `90s`, `10m` or `1h`, in seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)", text.strip())
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not seconds:
+        raise InvalidInput([Fault(text, "", "is no duration; give one in seconds, minutes or hours, for example 90s, 10m or 1h")])
+    return seconds
+
+
 def chosen_replicas(recipe_path: Path | None, urls: Sequence[str]) -> "tuple[ServingRecipe | None, list[str]]":
     """The recipe and the addresses that a command was given, checked."""
+    from pipeline.recipe import ServingRecipe, load_recipe
+
+    checked = _checked(urls)
+    return load_recipe(recipe_path, ServingRecipe) if recipe_path else None, checked
+
+
+def evaluation_replica(recipe: "ServingRecipe | None", url: str | None) -> str | None:
+    """The address of the replica that is asked the held-out questions, checked: `url`, else the recipe's; None: any of those chosen."""
+    return _checked([url])[0] if url else recipe.evaluation_replica if recipe else None
+
+
+def _checked(urls: Sequence[str]) -> list[str]:
     from pydantic import TypeAdapter, ValidationError
 
-    from pipeline.recipe import ReplicaAddress, ServingRecipe, load_recipe
+    from pipeline.recipe import ReplicaAddress
 
     checked = [url.rstrip("/") for url in urls]
     try:
@@ -255,14 +335,14 @@ def chosen_replicas(recipe_path: Path | None, urls: Sequence[str]) -> "tuple[Ser
         raise InvalidInput(
             [Fault(url, "", "is no replica's address; give http://HOST:PORT, or dns://HOST:PORT for every address of a name") for url in wrong]
         ) from None
-    return load_recipe(recipe_path, ServingRecipe) if recipe_path else None, checked
+    return checked
 
 
 def _unreachable_fails(recipe: "ServingRecipe | None") -> bool:
     return recipe is not None and recipe.unreachable_replicas == "fail"
 
 
-def _change(name: str, recipe_path: Path | None, urls: Sequence[str], change: "Callable[[Registry, Fleet, Path], None]") -> None:
+def _change(name: str, recipe_path: Path | None, urls: Sequence[str], change: "Callable[[Registry, Fleet, Lock], None]") -> None:
     """Runs `change` with the registry, the replicas and the file that holds back other changes; needs no Prefect."""
     recipe, checked = chosen_replicas(recipe_path, urls)
     from pipeline import services
@@ -272,26 +352,32 @@ def _change(name: str, recipe_path: Path | None, urls: Sequence[str], change: "C
         with progress("MLflow"):
             uri = stack.enter_context(services.tracking(project))
         from pipeline.fleet import addresses_of, open_fleet
-        from pipeline.promotion import lock_file
+        from pipeline.lock import model_lock
         from pipeline.registry import Registry
 
         fleet = stack.enter_context(open_fleet(project, addresses_of(project, recipe, checked), unreachable_fails=_unreachable_fails(recipe)))
-        change(Registry(uri), fleet, lock_file(project, name))
+        change(Registry(uri), fleet, model_lock(project, "promote", name))
 
 
 def _show(said: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
     click.echo(json.dumps(said) if as_json else "\n".join(lines))
 
 
-def _show_promotion(done: "Promotion", mlflow_uri: str, waited: bool, as_json: bool, assessment: "Assessment | None" = None) -> None:
+def _show_promotion(
+    done: "Promotion", mlflow_uri: str, waited: bool, as_json: bool, assessment: "Assessment | None" = None, watched: "Sequence[Watched]" = ()
+) -> None:
     version, previous = done.version, f"{done.version.name}/{done.previous}" if done.previous else None
     ended = f"{version.name}/{done.ended_canary}" if done.ended_canary else None
     said = {"name": version.name, "version": int(version.version), "previous": previous, "alias_set_at": done.alias_set_at, "ended_canary": ended}
     said |= {"canary_percent": done.percent} if done.percent is not None else {}
     said |= {"assessment": assessment.as_dict()} if assessment else {}
+    said |= {"watched": [each.as_dict() for each in watched]} if watched else {}
     what = "champion" if done.percent is None else f"the canary at {done.percent:g}%"
     lines = [f"{version.label} is {what} in {mlflow_uri} (before: {previous or 'none'})", *([f"the canary {ended} is ended"] if ended else [])]
-    _show(said | _reach(done.reach), lines + (_reach_lines(done.reach) if waited else ["replicas follow by themselves: tuneserve status"]), as_json)
+    lines += _reach_lines(done.reach) if waited else ["replicas follow by themselves: tuneserve status"]
+    lines += [each.text for each in watched]
+    lines += [f"make it the champion: tuneserve promote {version.label}"] if watched and done.percent is not None else []
+    _show(said | _reach(done.reach), lines, as_json)
 
 
 def _reach(reach: "Reach") -> dict[str, Any]:

@@ -8,16 +8,20 @@ import math
 import mimetypes
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from openai import AsyncOpenAI, OpenAIError
+from openai.types.chat import ChatCompletion
 
 from pipeline.dataset import IMAGE_TAG, Example
 from pipeline.errors import ServingError
 from pipeline.progress import Report
+
+Asked = TypeVar("Asked")
+Given = TypeVar("Given")
 
 CONCURRENCY = 16
 MAX_TOKENS = 128
@@ -41,6 +45,8 @@ class Answer:
     text: str
     model: str
     seconds: float = 0.0
+    grade: float | None = None
+    """A judge's, 0 to 1; None where none was asked (judge.py)."""
 
     @property
     def correct(self) -> bool:
@@ -82,6 +88,7 @@ METRICS: Mapping[str, Callable[[Answer], float]] = {
     "score": lambda answer: answer.score,
     "exact_match": lambda answer: float(answer.correct),
     "token_f1": lambda answer: answer.token_f1,
+    "judge": lambda answer: math.nan if answer.grade is None else answer.grade,
 }
 
 
@@ -102,6 +109,12 @@ class Evaluation:
 
     def mean(self, metric: str) -> float:
         return _mean(self.answers, metric)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those of METRICS that are known: all but the judge's, unless each answer has a grade."""
+        graded = all(answer.grade is not None for answer in self.answers)
+        return tuple(metric for metric in METRICS if graded or metric != "judge")
 
     def by(self, attribute: str, metric: str = "score") -> dict[str, float]:
         """The mean per `kind` or per `slice`."""
@@ -173,6 +186,11 @@ def openai_messages(example: Example) -> list[dict[str, Any]]:
     return messages
 
 
+def chat_body(model: str, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> dict[str, Any]:
+    """A greedy request of the chat completions API."""
+    return {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+
+
 def data_url(image: Path) -> str:
     """The image file as a data URL."""
     kind = mimetypes.guess_type(image.name)[0] or "image/png"
@@ -188,22 +206,40 @@ def evaluate(url: str, model: str, examples: Sequence[Example], report: Report, 
 
 
 async def _ask_all(url: str, model: str, examples: Sequence[Example], report: Report, api_key: str, file: str) -> tuple[Answer, ...]:
-    gate = asyncio.Semaphore(CONCURRENCY)
-    done = 0
-
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=RETRIES, timeout=ANSWER_SECONDS) as client:
 
         async def ask(example: Example) -> Answer:
-            nonlocal done
-            async with gate:
-                began = time.monotonic()
-                try:
-                    answer = await client.chat.completions.create(model=model, messages=openai_messages(example), max_tokens=MAX_TOKENS, temperature=0)  # type: ignore[arg-type]
-                except OpenAIError as error:
-                    # the server's words may quote the row, which the journal must not: it writes the first line
-                    raise ServingError(f"{model} at {url} did not answer row {example.row} of {file} ({type(error).__name__})\n{error}") from error
-            done += 1
-            report(f"{done}/{len(examples)} answers", done / len(examples))
+            began = time.monotonic()
+            try:
+                answer = await complete(client, chat_body(model, openai_messages(example), MAX_TOKENS))
+            except OpenAIError as error:
+                # the server's words may quote the row, which the journal must not: it writes the first line
+                raise ServingError(f"{model} at {url} did not answer row {example.row} of {file} ({type(error).__name__})\n{error}") from error
             return Answer(example, answer.choices[0].message.content or "", answer.model, time.monotonic() - began)
 
-        return tuple(await asyncio.gather(*(ask(example) for example in examples)))
+        return tuple(await in_order(ask, examples, CONCURRENCY, report, "answers"))
+
+
+async def complete(client: AsyncOpenAI, body: Mapping[str, Any]) -> ChatCompletion:
+    """The answer to a chat request, with a choice. Raises OpenAIError once the client's retries are used up, or if it is no such answer.
+
+    By the client's `post`: its `chat.completions.create` walks every part of the messages by type, 1.4 ms a request, on a core that the server may need.
+    """
+    answer = await client.post("/chat/completions", body=body, cast_to=ChatCompletion)
+    if not (isinstance(answer, ChatCompletion) and "choices" in answer.model_fields_set and answer.choices):  # what is no JSON comes as text
+        raise OpenAIError("it answers, but not as the chat completions API does")
+    return answer
+
+
+async def in_order(ask: Callable[[Asked], Awaitable[Given]], items: Sequence[Asked], concurrency: int, report: Report, noun: str) -> list[Given]:
+    """What `ask` gives for each item, in their order, asked `concurrency` at a time; the first error ends it. The tasks are `concurrency`, however many items."""
+    found: dict[int, Given] = {}
+    waiting = iter(enumerate(items))
+
+    async def work() -> None:
+        for index, item in waiting:
+            found[index] = await ask(item)
+            report(f"{len(found)}/{len(items)} {noun}", len(found) / len(items))
+
+    await asyncio.gather(*(work() for _ in range(min(concurrency, len(items)))))
+    return [found[index] for index in range(len(items))]

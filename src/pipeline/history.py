@@ -90,7 +90,10 @@ def recorded(store: Store, name: str, action: Action, version: tuple[str, str], 
         yield
     except BaseException as error:
         with contextlib.suppress(RegistryError):  # it stays open, and is settled later
-            _close(store, entry, "failed", store.champion_number(name), str(error).partition("\n")[0] or type(error).__name__)
+            now = store.champion_number(name)
+            after = now if now in (before, number) else before  # else other hands moved it, which is an entry of its own
+            _close(store, entry, "failed", after, str(error).partition("\n")[0] or type(error).__name__)
+            settle(store, name, now, grounds.by)
         raise
     try:
         _close(store, entry, action, number, grounds.reasons)

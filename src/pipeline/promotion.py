@@ -10,16 +10,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pipeline.convergence import WAIT_SECONDS, Change, Reach, Shows, look_first, spread, why_not
 from pipeline.errors import Fault, InvalidInput, RegistryError, ServingError
 from pipeline.fleet import Fleet
-from pipeline.history import Action, Grounds, note, recorded, settle
+from pipeline.history import Action, Grounds, history, note, recorded, settle
 from pipeline.journal import failure_fields
-from pipeline.process import locked
-from pipeline.project import Project
+from pipeline.lock import Check, Lock
 from pipeline.registry import Deployment, Registry, Version, label_of
 from pipeline.serving.client import ServedModel
 from pipeline.switch import Disabled, switched_off_now, user_at_host
@@ -62,16 +60,11 @@ class Switched:
     reach: Reach
 
 
-def lock_file(project: Project, name: str) -> Path:
-    """Held while an alias of the model is moved."""
-    return project.services / f"promote-{name}.lock"
-
-
 def promote(
     registry: Registry,
     version: Version,
     fleet: Fleet | None,
-    lock: Path,
+    lock: Lock,
     wait_seconds: float = WAIT_SECONDS,
     *,
     grounds: Grounds | None = None,
@@ -80,27 +73,27 @@ def promote(
 ) -> Promotion:
     """Makes `version` the champion, waits until every ready replica serves it, and ends the model's canary. No fleet: nobody is waited for.
 
-    One change of a model's aliases at a time holds the file `lock`. Raises ServingError if a ready replica does not follow within `wait_seconds`: the message
+    One change of a model's aliases at a time holds the `lock`. Raises ServingError if a ready replica does not follow within `wait_seconds`: the message
     has its reason, and the alias is back where it was (unless someone has moved it on meanwhile). What came of it stands in the model's history, with `grounds`.
     `rolls_back` leaves the version's own predecessor on record, and takes a name that is switched off.
     `instead_of`: the champion (number, or None) that the version was found better than; raises ServingError if it is another one by now.
     """
     grounds = grounds or Grounds(user_at_host())
-    with locked(lock):
+    with lock.held() as check:
         before = registry.deployment(version.name)
         settle(registry, version.name, before.champion, grounds.by)
         refuse_switched_off(before, version, allow_name=rolls_back)
-        if instead_of not in (ANY, before.champion):
-            now, then = (label_of(version.name, number) if number else "none" for number in (before.champion, instead_of))
-            raise ServingError(f"{version.label} was compared with the champion {then}, which is {now} by now; promote it again, to compare it with that")
         action: Action = "rolled-back" if rolls_back else "promoted"
         with recorded(registry, version.name, action, (version.version, version.digest), before.champion, grounds):
-            return _make_champion(registry, version, before, fleet, wait_seconds, record=not rolls_back)
+            if instead_of not in (ANY, before.champion):
+                now, then = (label_of(version.name, number) if number else "none" for number in (before.champion, instead_of))
+                raise ServingError(f"{version.label} was compared with the champion {then}, which is {now} by now; promote it again, to compare it with that")
+            return _make_champion(registry, version, before, fleet, wait_seconds, check, record=not rolls_back)
 
 
-def decline(registry: Registry, version: Version, lock: Path, action: Literal["kept", "refused", "failed"], grounds: Grounds) -> None:
+def decline(registry: Registry, version: Version, lock: Lock, action: Literal["kept", "refused", "failed"], grounds: Grounds) -> None:
     """Writes down that a version was examined, or could not be, and does not become champion."""
-    with locked(lock):
+    with lock.held():
         now = registry.champion_number(version.name)
         settle(registry, version.name, now, grounds.by)
         note(registry, version.name, action, (version.version, version.digest), now, grounds)
@@ -114,6 +107,9 @@ def rollback_target(registry: Registry, name: str, to: str | None) -> Version:
     champion = registry.champion(name)
     if champion is None:
         raise ServingError(f"{name} has no champion to roll back from; make one: tuneserve promote {name}/VERSION")
+    newest = next(iter(history(registry, name)), None)
+    if to is None and newest and newest.open and newest.action == "rolled-back" and newest.version == champion.version:
+        return champion  # a rollback that was killed once the alias had moved: it is seen through, not done twice
     number = to or champion.previous
     if number in (None, "none"):
         raise ServingError(f"{champion.label}: no champion before it is on record; name the version: tuneserve rollback {name} --to VERSION")
@@ -125,32 +121,35 @@ def rollback_target(registry: Registry, name: str, to: str | None) -> Version:
         raise ServingError(f"{name}/{number}, to go back to, cannot be had ({error}); name another: tuneserve rollback {name} --to VERSION") from error
 
 
-def start_canary(registry: Registry, version: Version, percent: float, fleet: Fleet, lock: Path, wait_seconds: float = WAIT_SECONDS) -> Promotion:
+def start_canary(registry: Registry, version: Version, percent: float, fleet: Fleet, lock: Lock, wait_seconds: float = WAIT_SECONDS) -> Promotion:
     """Gives `version` a share of its model's requests as the candidate, and waits until every ready replica has it so.
 
     Raises ServingError if one does not: the alias and the share are back as they were.
     """
     share = share_tag(percent)
-    with locked(lock):
+    with lock.held() as check:
         before = registry.deployment(version.name)
-        return _make_candidate(registry, version, share, before, fleet, wait_seconds)
+        return _make_candidate(registry, version, share, before, fleet, wait_seconds, check)
 
 
-def set_canary(registry: Registry, name: str, percent: float, fleet: Fleet, lock: Path, wait_seconds: float = WAIT_SECONDS) -> Promotion:
+def set_canary(registry: Registry, name: str, percent: float, fleet: Fleet, lock: Lock, wait_seconds: float = WAIT_SECONDS) -> Promotion:
     """Changes the share of the canary that runs; as `start_canary`."""
     share = share_tag(percent)
-    with locked(lock):
+    with lock.held() as check:
         before = registry.deployment(name)
         if before.candidate is None:
             raise ServingError(f"{name}: no canary runs; start one: tuneserve promote {name}/VERSION --canary {percent:g}%")
-        return _make_candidate(registry, registry.version(name, before.candidate), share, before, fleet, wait_seconds)
+        return _make_candidate(registry, registry.version(name, before.candidate), share, before, fleet, wait_seconds, check)
 
 
-def end_canary(registry: Registry, name: str, fleet: Fleet, lock: Path, wait_seconds: float = WAIT_SECONDS) -> Ended:
-    """Takes the candidate's alias and share away and waits until no ready replica gives it requests. It is so afterwards also if a replica does not follow."""
-    with locked(lock):
+def end_canary(registry: Registry, name: str, fleet: Fleet, lock: Lock, wait_seconds: float = WAIT_SECONDS, *, only: str | None = None) -> Ended:
+    """Takes the candidate's alias and share away and waits until no ready replica gives it requests. It is so afterwards also if a replica does not follow.
+
+    `only`: the number of the candidate that is meant; another one is left.
+    """
+    with lock.held():
         candidate = registry.deployment(name).candidate
-        if candidate is None:
+        if candidate is None or only not in (None, candidate):
             return Ended(None, Reach())
         _take_candidate_away(registry, name, candidate)
         change = Change(name, CANDIDATE, candidate, None, _gives_no_share, f"does not end the canary of {name}")
@@ -198,11 +197,17 @@ def share_tag(percent: float) -> str:
     return f"{percent:.10g}"
 
 
-def _make_champion(registry: Registry, version: Version, before: Deployment, fleet: Fleet | None, wait_seconds: float, *, record: bool) -> Promotion:
+def _make_champion(
+    registry: Registry, version: Version, before: Deployment, fleet: Fleet | None, wait_seconds: float, check: Check, *, record: bool
+) -> Promotion:
     name, previous = version.name, before.champion
     fields = {"model": name, "version": version.version, "digest": version.digest}
     change = Change(name, CHAMPION, version.version, version.digest, _serves(version), f"does not serve {version.label}")
     looks = look_first(fleet, name) if fleet is not None else []
+    if record and previous != version.version:
+        registry.record_previous(version, previous)  # before the alias: whoever is killed after it leaves nothing unsaid
+    check()
+    _refuse_moved(name, CHAMPION, previous, registry.champion_number(name))
     try:
         registry.move_champion(name, version.version)
         set_at = time.time()
@@ -211,8 +216,6 @@ def _make_champion(registry: Registry, version: Version, before: Deployment, fle
     except BaseException as error:
         logger.warning("promotion failed", extra={**fields, **failure_fields(error)})
         raise _undone(error, lambda: _move_champion_back(registry, version, previous), fleet, change) from error
-    if record and previous != version.version:
-        registry.record_previous(version, previous)
     if before.candidate is not None:
         _take_candidate_away(registry, name, before.candidate)
         if fleet is not None:
@@ -221,7 +224,7 @@ def _make_champion(registry: Registry, version: Version, before: Deployment, fle
     return Promotion(version, previous, set_at, reach, before.candidate)
 
 
-def _make_candidate(registry: Registry, version: Version, share: str, before: Deployment, fleet: Fleet, wait_seconds: float) -> Promotion:
+def _make_candidate(registry: Registry, version: Version, share: str, before: Deployment, fleet: Fleet, wait_seconds: float, check: Check) -> Promotion:
     name = version.name
     fields = {"model": name, "version": version.version, "digest": version.digest, "alias": CANDIDATE, "percent": float(share)}
     change = Change(name, CANDIDATE, version.version, version.digest, _shares(version, float(share)), f"does not serve {version.label} as candidate")
@@ -231,6 +234,8 @@ def _make_candidate(registry: Registry, version: Version, share: str, before: De
     if before.champion is None and float(share) > 0:
         raise ServingError(f"{name} has no champion to share its requests with; promote one first: tuneserve promote {version.label}")
     looks = look_first(fleet, name)
+    check()
+    _refuse_moved(name, CANDIDATE, before.candidate, registry.deployment(name).candidate)
     try:
         registry.write_share(name, version.version, share)
         if before.candidate != version.version:
@@ -246,11 +251,18 @@ def _make_candidate(registry: Registry, version: Version, share: str, before: De
     return Promotion(version, before.candidate, set_at, reach, percent=float(share))
 
 
+def _refuse_moved(name: str, alias: str, before: str | None, now: str | None) -> None:
+    """Raises ServingError if someone has moved the alias outside tuneserve, which no lock holds back, since it was read."""
+    if now != before:
+        there = label_of(name, now) if now else "nothing"
+        raise ServingError(f"the alias {alias} of {name} was moved outside tuneserve meanwhile, to {there}; nothing was changed: look, and try again")
+
+
 def _take_candidate_away(registry: Registry, name: str, candidate: str) -> None:
-    """The alias first: a candidate without a share would be one at 0 % for a moment."""
-    registry.move_candidate(name, None)
+    """The share first: whoever is killed between the two leaves a candidate at 0 %, which the next change finds and takes away."""
     with contextlib.suppress(RegistryError):  # the version may have been deleted
         registry.write_share(name, candidate, None)
+    registry.move_candidate(name, None)
     logger.info("canary ended", extra={"model": name, "version": candidate, "alias": CANDIDATE})
 
 

@@ -159,11 +159,47 @@ class Training(Section):
             yield "packing: needs attention: flash_attention_2 or flash_attention_3, else the rows packed together would see each other"
 
 
+class Judge(Section):
+    """A model that grades answers, behind any OpenAI-compatible chat completions API. It is sent every held-out question, with its wanted answer and the given ones."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s@?#]+$")]
+    """The part of its address before `/chat/completions`, for example https://judge.example.com/v1."""
+    model: Annotated[str, Field(min_length=1)]
+    """As the API names it. It must take `temperature: 0` and `max_tokens`; should see pictures, else set show_images: false; and should not be what was trained."""
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")] | None = None
+    """Name of the environment variable that holds the API's key when a version is evaluated; never the key itself. None: the API takes no key."""
+    instructions: str = ""
+    """What the judge is told beside our own instructions: what counts here, and what does not."""
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    """Answers that it grades at a time."""
+    show_images: bool = True
+    """False keeps the pictures here."""
+
+
+class WatchRules(Section):
+    """When a version that `tuneserve promote --watch` has just brought into production is taken out of it again."""
+
+    window_seconds: Annotated[float, Field(ge=1, le=600)] = 10.0
+    """What is judged at a time; up to six times as much where fewer than min_samples requests ended in it. Shorter finds a breach sooner and is fooled sooner."""
+    min_samples: Annotated[int, Field(ge=2)] = 20
+    """Fewer requests decide nothing, and the time in which fewer ended in a window does not count as watched. Five failures decide in any case."""
+    max_error_rate_gain: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """How much larger than the champion's the share of failed requests may be: 0.02 is two of a hundred. A single failure decides nothing."""
+    slowdown: Annotated[float, Field(gt=1)] = 1.8
+    """So many times the champion's mean time to first token, per token or per request is a breach. Below 2, because what is measured of a version that takes
+    exactly twice as long is below 2 half the time."""
+    poll_seconds: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """Between two looks at the replicas' counters."""
+
+
 class PromotionRules(Section):
     """What a version must show on the recipe's held-out rows before it may become champion."""
 
-    metric: Literal["score", "exact_match", "token_f1"] = "score"
-    """score: exact match, but the share of right fields where the answer is a JSON object. token_f1: the overlap of words, for answers in free words."""
+    metric: Literal["score", "exact_match", "token_f1", "judge"] = "score"
+    """score: exact match, but the share of right fields where the answer is a JSON object. token_f1: the overlap of words, for answers in free words.
+    judge: the mean of the grades that `judge` gives."""
+    judge: Judge | None = None
+    """Has another model grade every answer, beside the other metrics; None: no model is asked. It counts for the decision only with metric: judge."""
     minimum_gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """How much better than the champion it must surely be: the lower end of the gain's interval must be above this. 0.02 is two points of a hundred."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
@@ -181,6 +217,12 @@ class PromotionRules(Section):
     require_parity: bool = True
     """The server must be shown to read and answer prompts as training did (the version's parity.json). False lets a version pass that has no such reference, or whose
     served precision has no known tolerance; one that is shown to be served otherwise is refused all the same."""
+    watch: WatchRules = WatchRules()
+    """What `--watch` holds a version to once it has users."""
+
+    def broken_relations(self) -> Iterator[str]:
+        if self.metric == "judge" and self.judge is None:
+            yield "metric: judge needs promotion.judge with url and model; add it, or choose another metric"
 
 
 class FinetuneRecipe(Section):
@@ -301,6 +343,9 @@ class ServingRecipe(Section):
     replicas: tuple[ReplicaAddress, ...] = ()
     """Where this server's copies listen, for `promote`, `canary`, `disable`, `rollback` and `status`: `http://host:port`, or `dns://host:port` for every address
     that the name has. None: this project's running servers."""
+    evaluation_replica: ReplicaAddress | None = None
+    """A replica of the same base that follows the same models and no user asks: `evaluate` and `promote` ask it the held-out questions, so that users' replicas are
+    not slowed. A version on trial is still loaded by every replica that follows its model, but only this one is waited for and asked. None: one of `replicas`."""
     unreachable_replicas: Literal["report", "fail"] = "report"
     """What a promotion does about replicas that cannot be reached: they look at the registry before they are ready, so it is enough to report them; or it fails."""
     lora: ServedLora = ServedLora()
@@ -324,6 +369,11 @@ class ServingRecipe(Section):
             yield f"max_num_batched_tokens: {self.max_num_batched_tokens} is fewer than max_num_seqs {self.max_num_seqs}; each answer takes a token a step"
 
 
+NOT_QUOTED = {
+    "api_key_env": "give the name of an environment variable, in capitals, never the key itself",
+    "url": "give the part of the address before /chat/completions, without credentials",
+}
+"""Keys whose wrong value may be a secret, with what to do."""
 Recipe = FinetuneRecipe | ServingRecipe
 R = TypeVar("R", FinetuneRecipe, ServingRecipe)
 
@@ -416,6 +466,8 @@ def _fault(file: str, kind: type[Recipe], details: ErrorDetails) -> Fault:
         choices = [choice.strip("' ") for choice in details["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return Fault(file, ".".join(location), f"{got!r} is not one of {', '.join(choices)}{_did_you_mean(str(got), choices)}")
     message = details["msg"].removeprefix("Value error, ")
+    if remedy := NOT_QUOTED.get(location[-1]):
+        return Fault(file, ".".join(location), f"{message[:1].lower()}{message[1:]}; {remedy}")
     return Fault(file, ".".join(location), f"{message[:1].lower()}{message[1:]} (got {got!r})")
 
 

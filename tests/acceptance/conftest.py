@@ -12,8 +12,8 @@ FINETUNE = "recipes/finetune/catalog-tiny.yaml"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The serving scripts come last: their servers, up until the session ends, would disturb what the others time."""
-    items.sort(key=lambda item: item.path.name.startswith("test_serving_"))
+    """The scripts that need `world` come last: its servers, up until the session ends, would disturb what the others time."""
+    items.sort(key=lambda item: "world" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,15 +135,15 @@ class World:
         path.write_text(yaml.safe_dump(shipped | {"name": name, "port": free_port(0)} | fields | {"lora": lora}), "utf-8")
         return path
 
-    def start(self, recipe: Path) -> "Server":
+    def start(self, recipe: Path, **environment: str) -> "Server":
         """`tuneserve serve` of the recipe, not yet up."""
-        process = self.sandbox.start("serve", str(recipe.relative_to(self.sandbox.root)), MLFLOW_TRACKING_URI=self.mlflow)
+        process = self.sandbox.start("serve", str(recipe.relative_to(self.sandbox.root)), MLFLOW_TRACKING_URI=self.mlflow, **environment)
         return Server(self, recipe, process)
 
     @contextlib.contextmanager
-    def serving(self, name: str, **fields: Any) -> Iterator["Server"]:
+    def serving(self, name: str, environment: Mapping[str, str] | None = None, **fields: Any) -> Iterator["Server"]:
         """A replica that is ready, until the block ends."""
-        server = self.start(self.recipe(name, **fields))
+        server = self.start(self.recipe(name, **fields), **(environment or {}))
         try:
             server.wait_ready()
             yield server

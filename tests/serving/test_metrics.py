@@ -6,6 +6,7 @@ import yaml
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from pipeline.serving.metrics import VLLM_LORA_INFO, Metrics
+from pipeline.serving.traffic import Request
 from tests.conftest import ROOT
 
 ALERTS = ROOT / "deploy/prometheus/alerts.yml"
@@ -38,6 +39,7 @@ def test_a_forgotten_version_leaves_no_series(registry):
         metrics.used(int(version), "catalog", version)
         metrics.finished("catalog", version, "stop", 3, 4)
         metrics.slot_misses.labels("catalog", version).inc()
+        metrics.http_error(Request(lora_id=int(version), served="catalog", version=version), 500)
         for timing in (metrics.first_token, metrics.engine_first_token, metrics.per_token, metrics.request):
             timing.labels("catalog", version).observe(0.1)
         vllms.labels(f"catalog/{version}").set(1)
@@ -46,6 +48,18 @@ def test_a_forgotten_version_leaves_no_series(registry):
     assert 'version="1"' not in shown(registry) and 'version="2"' in shown(registry) and "catalog/" not in shown(registry)
     metrics.forgotten(SimpleNamespace(digest=f"{1:016x}" + "0" * 48))
     assert len(shown(registry)) == before
+
+
+def test_an_http_error_is_its_versions_and_goes_with_it_though_nothing_was_generated(registry):
+    metrics = Metrics(registry)
+    before = len(shown(registry))
+    metrics.http_error(Request(lora_id=1, served="catalog", version="1"), 503)
+    assert 'tuneserve_http_errors_total{served="catalog",status_class="5xx",version="1"} 1.0' in shown(registry)
+    metrics.forgotten(SimpleNamespace(digest=f"{0:016x}" + "0" * 48))  # lora id 1
+    assert len(shown(registry)) == before
+    metrics.http_error(Request(served="catalog"), 403)  # switched off: no version was chosen
+    metrics.http_error(Request(), 404)
+    assert 'served="catalog",status_class="4xx",version="-"' in shown(registry) and 'served="-",status_class="4xx",version="-"' in shown(registry)
 
 
 def test_names_from_elsewhere_are_no_label_values(registry):

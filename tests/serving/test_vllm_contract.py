@@ -35,7 +35,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels  # noqa: 
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses  # noqa: E402
 from vllm.entrypoints.serve.engine.serving import BaseServing  # noqa: E402
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response  # noqa: E402
-from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError  # noqa: E402
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError  # noqa: E402
 from vllm.logprobs import Logprob  # noqa: E402
 from vllm.lora.model_manager import LoRAModelManager  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
@@ -429,6 +429,30 @@ def test_a_request_without_a_name_stays_on_the_side_that_it_drew(hooked, tmp_pat
     token = hooks.REQUEST.set(Request(key="ann"))
     assert len({chosen(serving, model="catalog").lora_name for _ in range(20)}) == 1  # by the sticky header
     hooks.REQUEST.reset(token)
+
+
+@pytest.mark.parametrize(
+    ("fault", "finish"), [(RuntimeError("no"), "error"), (VLLMValidationError("too long"), "invalid"), (ValueError("too long"), "invalid")]
+)
+def test_a_generation_that_fails_is_the_clients_fault_or_ours_as_the_answers_status_says(tmp_path, fault, finish):
+    client, metrics = FakeClient(), Metrics(CollectorRegistry())
+
+    async def broken(*args, **kwargs):
+        raise fault
+        yield
+
+    client.generate = broken
+    hooks.watch_generations(client, Traffic(2), metrics)
+    lora = hooks.lora_request(adapter(tmp_path, "1"))
+    token = hooks.REQUEST.set(Request(chosen=True, lora_id=lora.lora_int_id, served="catalog", version="1"))
+
+    async def scenario():
+        with pytest.raises(type(fault)):
+            await anext(client.generate({"prompt_token_ids": [1]}, None, "id", lora_request=lora))
+
+    asyncio.run(scenario())
+    hooks.REQUEST.reset(token)
+    assert f'tuneserve_requests_total{{finish="{finish}",served="catalog",version="1"}} 1.0' in generate_latest(metrics._registry).decode()
 
 
 def test_generations_are_counted_and_measured_however_they_end(tmp_path):

@@ -18,6 +18,8 @@ CONNECT_SECONDS = 2.0
 """A replica that is gone must not hold the others up."""
 STATUS_SECONDS = 5.0
 HINT_SECONDS = SYNC_SECONDS + 5.0
+METRICS_SECONDS = 2.0
+"""A look at counters is one of many: a replica that is slow to answer is asked again at the next."""
 PARITY_SECONDS = 300.0
 """One prompt, twice through the engine, perhaps behind users' requests."""
 KEEP_ALIVE_SECONDS = 2.0
@@ -203,6 +205,13 @@ class Replica:
             raise ReplicaError(
                 "refuses-us", f"{self.url} answers, but not as a replica does; give the base URL of a server started with `tuneserve serve`"
             ) from error
+
+    def metrics(self) -> str:
+        """What it has counted, in Prometheus' text format."""
+        answer = self._call("GET", "/metrics", seconds=METRICS_SECONDS)
+        if answer.status_code != httpx.codes.OK:
+            raise ReplicaError("not-ready", f"replica {self.url}: GET /metrics answered {answer.status_code}")
+        return answer.text
 
     def _status(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> ReplicaStatus:
         answer = self._call(method, path, body, headers)

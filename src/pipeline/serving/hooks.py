@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
@@ -90,14 +91,14 @@ class Tracing:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if status >= HTTPStatus.BAD_REQUEST:
-                    self._metrics.http_error(request.served, status)
+                    self._metrics.http_error(request, status)
             await send(message)
 
         try:
             await self._app(scope, receive, seen)
         except Exception:
             if not status:
-                self._metrics.http_error(request.served, HTTPStatus.INTERNAL_SERVER_ERROR)
+                self._metrics.http_error(request, HTTPStatus.INTERNAL_SERVER_ERROR)
             raise
         finally:
             traffic.close(request)
@@ -176,7 +177,8 @@ class _Generation:
         self._request, self._traffic, self._metrics = request, traffic, metrics
         self._lora_id = lora.lora_int_id if lora else None
         self._served, self._version = request.served, request.version
-        self._failed = self._ended = False
+        self._ended = False
+        self._failure: str | None = None
         self._last: RequestOutput | None = None
         self._output_tokens = 0
         if self._lora_id is not None:
@@ -196,8 +198,8 @@ class _Generation:
         except GeneratorExit:
             await original.aclose()
             raise
-        except Exception:
-            self._failed = True
+        except Exception as error:
+            self._failure = "error" if create_error_response(error).error.code >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid"
             raise
         finally:
             self.end()
@@ -213,7 +215,7 @@ class _Generation:
             return
         finish = next((each.finish_reason for each in last.outputs if each.finish_reason), None) if last else None
         prompt_tokens = len(last.prompt_token_ids or ()) if last else 0
-        self._metrics.finished(*labels, "error" if self._failed else finish or "abort", prompt_tokens, self._output_tokens)
+        self._metrics.finished(*labels, self._failure or finish or "abort", prompt_tokens, self._output_tokens)
         stats = last.metrics if last else None
         if stats and stats.first_token_latency:
             self._metrics.engine_first_token.labels(*labels).observe(stats.first_token_latency)

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pipeline.serving.engine import lora_id
 from pipeline.serving.followed_model import FollowedModel
 from pipeline.serving.residents import Resident
+from pipeline.serving.traffic import Request
 from pipeline.serving.wanted import RegisteredVersion
 
 BASE_VERSION = "base"
@@ -32,7 +33,10 @@ class Metrics:
         """By adapter number in the engine: the labels that its requests were counted under."""
         by_version = ("served", "version")
         self.requests = Counter(
-            "tuneserve_requests", "Generations that ended, by how (abort: the client went away).", (*by_version, "finish"), registry=registry
+            "tuneserve_requests",
+            "Generations that ended, by how (abort: the client went away; invalid: the request was wrong; error: we failed).",
+            (*by_version, "finish"),
+            registry=registry,
         )
         self.prompt_tokens = Counter("tuneserve_prompt_tokens", "Tokens of prompts, images included.", by_version, registry=registry)
         self.output_tokens = Counter("tuneserve_output_tokens", "Tokens generated.", by_version, registry=registry)
@@ -57,7 +61,10 @@ class Metrics:
         self._by_version = (self.prompt_tokens, self.output_tokens, self.slot_misses, self.slot_waits)
         self._timings = (self.first_token, self.engine_first_token, self.per_token, self.request)
         self.http_errors = Counter(
-            "tuneserve_http_errors", "HTTP answers of 400 and above; served is - where it is not known.", ("served", "status_class"), registry=registry
+            "tuneserve_http_errors",
+            "HTTP answers of 400 and above; served and version are - where they are not known, version also where none was chosen.",
+            (*by_version, "status_class"),
+            registry=registry,
         )
         self.refusals = Counter("tuneserve_refusals", "Versions refused, by reason.", ("served", "code"), registry=registry)
         self.wanted_version = Gauge("tuneserve_wanted_version", "The number under the alias champion; 0 for none.", ("served",), registry=registry)
@@ -90,8 +97,11 @@ class Metrics:
         self.prompt_tokens.labels(served, version).inc(prompt_tokens)
         self.output_tokens.labels(served, version).inc(output_tokens)
 
-    def http_error(self, served: str, status: int) -> None:
-        self.http_errors.labels(served, f"{status // 100}xx").inc()
+    def http_error(self, request: Request, status: int) -> None:
+        """Counts an answer of 400 or above, under the version that the request had chosen by then."""
+        if request.lora_id is not None:
+            self.used(request.lora_id, request.served, request.version)
+        self.http_errors.labels(request.served, request.version, f"{status // 100}xx").inc()
 
     def refused(self, model: str, code: str) -> None:
         self.refusals.labels(model if self._known(model) else UNKNOWN, code).inc()
@@ -113,7 +123,7 @@ class Metrics:
     def forgotten(self, resident: Resident) -> None:
         """Takes away every series of a version that is gone, and vLLM's own, which it adds for each combination of adapters and never removes."""
         for served, version in self._used.pop(lora_id(resident.digest), ()):
-            for metric in (self.requests, *self._by_version, *self._timings):
+            for metric in (self.requests, self.http_errors, *self._by_version, *self._timings):
                 metric.remove_by_labels({"served": served, "version": version})
         info = self._registry._names_to_collectors.get(VLLM_LORA_INFO)
         if isinstance(info, Gauge):
