@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from pipeline import cli_plan, gpus
+from pipeline import cli_plan, gpus, services
 from pipeline.cli import cli
 from pipeline.errors import InvalidInput
 from pipeline.gpus import Gpu, known_gpu
@@ -16,7 +16,7 @@ from pipeline.project import Project
 from pipeline.recipe import load_either
 from tests.conftest import ROOT
 from tests.planning import GLM_4_5V
-from tests.test_cli import HEAVY
+from tests.test_cli import HEAVY, data_project
 
 QLORA = str(ROOT / "recipes/finetune/glm-4.5v-qlora-80gb.yaml")
 SERVE = "name: s\nbase_model: base\nfollow: [shop]\ndevice: {device}\nquantization: {quantization}\n"
@@ -105,6 +105,17 @@ def test_serve_refuses_what_cannot_fit_and_starts_nothing(project: Project, monk
     assert "does not fit 1 x h200-141gb" in message and "change quantization: fp8_per_tensor, or start it all the same with --ignore-plan" in message
     assert "GiB per GPU" in result.stderr
     assert not list(project.services.glob("*"))
+
+
+def test_train_refuses_what_cannot_fit_and_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = data_project(tmp_path)
+    (tmp_path / "base/config.json").write_text(json.dumps(GLM_4_5V), "utf-8")
+    here(monkeypatch, known_gpu("h100-80gb"))
+    monkeypatch.setenv("TUNESERVE_PROJECT", str(tmp_path))
+    result = CliRunner().invoke(cli, ["train", str(path)])
+    message = faults_of(result)
+    assert "does not fit 1 x h100-80gb" in message and "change training.deepspeed: zero3_offload" in message
+    assert not (tmp_path / "mlruns").exists() and services.find_services(Project(tmp_path)) == []
 
 
 @pytest.mark.parametrize(
