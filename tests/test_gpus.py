@@ -37,7 +37,8 @@ def test_without_a_driver_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_kinds_have_less_than_their_names_say() -> None:
     assert all(gpu.bytes < int(gpu.name.rpartition("-")[2].removesuffix("gb")) * GIB for gpu in KNOWN)
-    assert known_gpu("H100-80GB").is_large and not known_gpu("a100-80gb").is_large
+    assert known_gpu("H100-80GB").name == "h100-80gb"
+    assert list(KNOWN) == sorted(KNOWN, key=lambda gpu: gpu.bytes)
 
 
 def test_an_unknown_kind_lists_the_known_ones() -> None:

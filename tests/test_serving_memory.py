@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.gpus import GIB, Gpu, known_gpu
 from pipeline.recipe import ServedLora
-from pipeline.serving_memory import captured_sizes, kv_token_bytes, parallel_faults, serving_memory, slot_bytes
+from pipeline.serving_memory import captured_sizes, kv_token_bytes, parallel_faults, serving_memory, slot_bytes, step_defaults
 from tests.planning import ALL_SERVED, glm, serving
 
 H200 = known_gpu("h200-141gb")
@@ -61,6 +61,8 @@ def test_the_whole_vision_tower_on_each_gpu_takes_what_the_schema_says() -> None
 
 
 def test_defaults_follow_the_gpu_as_vllms_do() -> None:
+    kinds = {"rtx-4090-24gb": (2048, 256), "a100-80gb": (2048, 256), "h100-80gb": (8192, 1024), "b200-180gb": (16384, 1024)}
+    assert {name: step_defaults(known_gpu(name)) for name in kinds} == kinds
     recipe = serving(max_num_batched_tokens=None, max_num_seqs=None, quantization="fp8_per_tensor")
     large, small = (serving_memory(glm(), recipe, Gpu(name, 139 * GIB, "")) for name in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB"))
     assert large.activations > 3 * small.activations

@@ -21,11 +21,6 @@ class Gpu:
     bytes: int
     source: str
 
-    @property
-    def is_large(self) -> bool:
-        """Whether vLLM 0.32 takes its large defaults: 8192 tokens a step and 1024 sequences instead of 2048 and 256 (EngineArgs.get_batch_defaults)."""
-        return self.bytes >= 70 * GIB and "a100" not in self.name.lower()
-
 
 KNOWN = tuple(
     Gpu(name, int(gib * GIB), source)

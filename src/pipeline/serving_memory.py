@@ -16,10 +16,8 @@ ROUTER_BYTES = 4
 """vLLM holds the router in float32 on every GPU."""
 FP8_BYTES = 1
 """Of the linear modules (the vision tower's too) and experts; scales are less than 0.1 % of it and not counted."""
-LARGE_STEP_TOKENS, SMALL_STEP_TOKENS = 8192, 2048
-LARGE_SEQUENCES, SMALL_SEQUENCES = 1024, 256
-"""vLLM 0.32's defaults for its API server on large GPUs (see Gpu.is_large), and on others."""
 MOST_CAPTURED = 512
+"""The largest batch that vLLM captures by itself; 1024 on a B200, which is not counted."""
 GRAPH_BYTES = 16 * MIB
 """A captured CUDA graph over all layers: typical of vLLM's logs, not measured by us, half or twice as much is possible. RUNTIME_BYTES was fitted with it."""
 RUNTIME_BYTES = int(1.26 * GIB)
@@ -72,8 +70,8 @@ class ServingMemory:
 def serving_memory(architecture: Architecture, recipe: ServingRecipe, gpu: Gpu) -> ServingMemory:
     """What a server of this recipe takes of each of its tensor_parallel_size GPUs; pure. Data parallel replicas are servers of their own."""
     decoder, ways, number = architecture.decoder, recipe.tensor_parallel_size, _number(recipe)
-    sequences = recipe.max_num_seqs or (LARGE_SEQUENCES if gpu.is_large else SMALL_SEQUENCES)
-    tokens = recipe.max_num_batched_tokens or (LARGE_STEP_TOKENS if gpu.is_large else SMALL_STEP_TOKENS)
+    default_tokens, default_sequences = step_defaults(gpu)
+    tokens, sequences = recipe.max_num_batched_tokens or default_tokens, recipe.max_num_seqs or default_sequences
     return ServingMemory(
         budget=int(gpu.bytes * recipe.gpu_memory_utilization),
         weights=served_weight_bytes(architecture, recipe),
@@ -83,6 +81,13 @@ def serving_memory(architecture: Architecture, recipe: ServingRecipe, gpu: Gpu) 
         runtime=RUNTIME_BYTES + (PARALLEL_BYTES if ways > 1 else 0),
         kv_token=kv_token_bytes(decoder, ways, number),
     )
+
+
+def step_defaults(gpu: Gpu) -> tuple[int, int]:
+    """Tokens and sequences of a step that vLLM 0.32's API server takes on such a GPU if it is told nothing (EngineArgs.get_batch_defaults)."""
+    if gpu.bytes >= 160 * GIB:
+        return 16384, 1024
+    return (8192, 1024) if gpu.bytes >= 70 * GIB and "a100" not in gpu.name.lower() else (2048, 256)
 
 
 def _number(recipe: ServingRecipe) -> int:
