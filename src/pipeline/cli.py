@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pipeline import cli_adapters, cli_evaluation, cli_serving
+from pipeline import cli_adapters, cli_evaluation, cli_plan, cli_serving
+from pipeline.cli_plan import ignore_plan_option, refuse_what_cannot_fit
 from pipeline.command import SERVING_RECIPE, begin_journal, flow_servers, json_option, opened_project, recipe_argument, using_caches
 from pipeline.errors import Fault, InvalidInput, TuneserveError
 from pipeline.journal import failure_fields
@@ -35,7 +36,7 @@ def cli() -> None:
     """Fine-tune GLM-4.5V with LoRA, register the adapter, and promote it into running vLLM servers without merging weights."""
 
 
-for command in (*cli_adapters.COMMANDS, *cli_evaluation.COMMANDS, *cli_serving.COMMANDS):
+for command in (cli_plan.plan, *cli_adapters.COMMANDS, *cli_evaluation.COMMANDS, *cli_serving.COMMANDS):
     cli.add_command(command)
 
 
@@ -79,18 +80,20 @@ def check(recipes: tuple[Path, ...], deep: bool, as_json: bool) -> None:
 @cli.command(short_help="Train an adapter and register it.")
 @recipe_argument
 @click.option("--force", is_flag=True, help="Train anew even if a version from the same inputs is registered, and from the start.")
+@ignore_plan_option
 @json_option
-def train(recipe: Path, force: bool, as_json: bool) -> None:
-    """Train the adapter of a finetune recipe and register it as a version.
+def train(recipe: Path, force: bool, ignore_plan: bool, as_json: bool) -> None:
+    """Train the adapter of a finetune recipe and register it as a version; refused if it cannot fit the GPUs that are here (`tuneserve plan`).
 
     The same inputs (rows, base, settings, libraries) give the version that is there already; a training that was cut short goes on from its last checkpoint.
     """
     from pipeline.recipe import FinetuneRecipe, load_recipe
 
-    load_recipe(recipe, FinetuneRecipe)  # a wrong recipe is refused before any server starts
+    finetune_recipe = load_recipe(recipe, FinetuneRecipe)  # a wrong recipe is refused before any server starts
     with opened_project() as project:
         version = _trained_already(project, recipe, look=not force)
         if trained := version is None:
+            refuse_what_cannot_fit(recipe, finetune_recipe, project, ignore_plan)
             with flow_servers(project):
                 from flows.finetune import finetune
 
@@ -141,9 +144,10 @@ def _trained_already(project: "Project", path: Path, look: bool) -> "Version | N
 
 @cli.command(short_help="Run a vLLM server that follows the registry.")
 @recipe_argument
+@ignore_plan_option
 @json_option
-def serve(recipe: Path, as_json: bool) -> None:
-    """Run a vLLM server that follows the registry, in the foreground until Ctrl-C."""
+def serve(recipe: Path, ignore_plan: bool, as_json: bool) -> None:
+    """Run a vLLM server that follows the registry, in the foreground until Ctrl-C; refused if it cannot fit the GPUs that are here (`tuneserve plan`)."""
     from pipeline import services
     from pipeline.basemodel import resolve_base_model
     from pipeline.errors import ServingError
@@ -155,6 +159,7 @@ def serve(recipe: Path, as_json: bool) -> None:
     with opened_project() as project, contextlib.ExitStack() as stack:
         if running := services.find_service(project, SERVICE_PREFIX + serving.name):
             raise ServingError(f"{serving.name} already runs at {running.url} (log {running.log}); end it with Ctrl-C where it runs, or `tuneserve down`")
+        refuse_what_cannot_fit(recipe, serving, project, ignore_plan)
         with progress("base model") as report:
             base = resolve_base_model(serving.base_model, project, report)
         mlflow_uri = stack.enter_context(services.tracking(project))

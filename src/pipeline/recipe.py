@@ -406,22 +406,37 @@ def load_recipe(path: Path, kind: type[R]) -> R:
 
 def check_recipe(path: Path) -> tuple[list[Fault], DatasetFiles | None]:
     """What is wrong with a finetune or serving recipe (told apart by the keys that only one of them has), and its dataset's files as far as they are named right."""
-    try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        data = None
-    keys = set(data) if isinstance(data, dict) else set()
-    own_serving, own_finetune = (set(a.model_fields) - set(b.model_fields) for a, b in ((ServingRecipe, FinetuneRecipe), (FinetuneRecipe, ServingRecipe)))
-    serving = len(keys & own_serving) > len(keys & own_finetune)
+    data = _loosely(path)
+    serving = is_serving(data)
     faults: list[Fault] = []
     try:
         load_recipe(path, ServingRecipe) if serving else load_recipe(path, FinetuneRecipe)
     except InvalidInput as error:
         faults += error.faults
     try:
-        return faults, None if serving or "dataset" not in keys else DatasetFiles.model_validate(data["dataset"])
+        return faults, None if serving or "dataset" not in data else DatasetFiles.model_validate(data["dataset"])
     except ValidationError:
         return faults, None
+
+
+def load_either(path: Path) -> Recipe:
+    """The finetune or serving recipe in the YAML file `path`; raises as `load_recipe`."""
+    return load_recipe(path, ServingRecipe) if is_serving(_loosely(path)) else load_recipe(path, FinetuneRecipe)
+
+
+def is_serving(data: dict[str, Any]) -> bool:
+    """Whether a recipe's content is rather a serving recipe's: told by the keys that only one of the two kinds has."""
+    own_serving, own_finetune = (set(a.model_fields) - set(b.model_fields) for a, b in ((ServingRecipe, FinetuneRecipe), (FinetuneRecipe, ServingRecipe)))
+    return len(set(data) & own_serving) > len(set(data) & own_finetune)
+
+
+def _loosely(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file `path`; empty if there is none."""
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def dump_recipe(recipe: Recipe) -> str:
