@@ -18,7 +18,7 @@ MOVES = 20
 CONVERGED_SECONDS = 2.0
 """After a replica is up again."""
 STREAMS, STREAMED_TOKENS = 8, 500
-RECIPE: dict[str, Any] = {"follow": ["catalog"], "drain_seconds": 20}
+RECIPE: dict[str, Any] = {"follow": ["catalog"], "drain_seconds": 60}
 
 
 class Mover:
