@@ -27,7 +27,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows(number: int, tokens: int = 40) -> dict[str, torch.Tensor]:
     """Questions of 12 tokens with answers, and one token inside that is not learnt."""
     torch.manual_seed(2)
-    ids = torch.randint(100, 900, (number, tokens))
+    ids = torch.randint(20, 400, (number, tokens))
     labels = ids.clone()
     labels[:, :12] = IGNORED
     labels[:, 20] = IGNORED
