@@ -31,7 +31,7 @@ from pipeline import swift_chunked_loss, swift_expert_nf4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GIB = 2**30
-ATTENTION = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TEXT: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 10944, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True,
     "moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "vocab_size": 151552,
@@ -48,7 +48,7 @@ TINY_VISION: dict[str, Any] = {"depth": 2, "hidden_size": 64, "num_heads": 2, "i
 
 def true_config(layers: int, *, tiny: bool) -> Glm4vMoeConfig:
     text, vision = (TEXT | TINY, VISION | TINY_VISION) if tiny else (TEXT, VISION)
-    return Glm4vMoeConfig(text_config=text | {"num_hidden_layers": layers}, vision_config=vision, dtype="bfloat16")
+    return Glm4vMoeConfig(text_config=text | {"num_hidden_layers": layers}, vision_config=vision, tie_word_embeddings=False, dtype="bfloat16")
 
 
 @dataclass(frozen=True)
