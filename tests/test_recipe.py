@@ -72,6 +72,7 @@ def test_relations_between_fields_name_a_field_and_a_value_that_works(tmp_path: 
         ("training: {scheduler: constant, seed: 4294967296}", {"training.scheduler", "training.seed"}),
         ("lora: {layers: [1]}", {"lora.layers.1"}),
         ("quantization: nf4\ntraining: {deepspeed: zero3}", {"training.deepspeed"}),
+        ("quantization: nf4\nlora: {target_modules: [q_proj, down_proj]}", {"lora.target_modules"}),
         ("dpo: {beta: 0.2}", {"dpo"}),
         ("method: dpo\ntraining: {row_weights: true}", {"training.row_weights"}),
         ("training: {early_stopping: {patience: 3}}", {"training.early_stopping.patience"}),

@@ -123,8 +123,25 @@ def test_preferences(base: Path, rows: Dataset, tmp_path: Path) -> None:
     assert last["loss"] < first["loss"] and last["rewards/margins"] > 0
 
 
+@pytest.mark.parametrize(
+    "more", [{"gradient_checkpointing": True}, {"processes": 2, "micro_batch_size": 8, "deepspeed": "zero2"}], ids=["checkpointing", "zero2"]
+)
+def test_nf4_takes_the_routed_experts_and_leaves_the_adapter_as_it_is(base: Path, rows: Dataset, tmp_path: Path, more: dict[str, Any]) -> None:
+    trained = train(base, rows, tmp_path, quantization="nf4", training=more)
+    assert trained.modules == {f"language_model.layers.{layer}.self_attn.{name}" for layer in range(4) for name in ATTENTION}
+    log = next((tmp_path / ".tuneserve/logs").glob("*.log")).read_text("utf-8")
+    assert log.count("(experts): ParametrizedGlm4vMoeTextExperts(") >= 1, "as ms-swift shows the model"
+    assert trained.metrics[-1][1]["loss"] < trained.metrics[0][1]["loss"]
+    states = list(trained.folder.glob("swift/checkpoint-3/global_step3/*model_states.pt"))
+    assert all(path.stat().st_size < 2 * 2**20 for path in states) and bool(states) == ("deepspeed" in more), "no frozen weights in checkpoints"
+
+
 def test_row_weights(base: Path, rows: Dataset, plain: Trained, tmp_path: Path) -> None:
     light = tuple(dataclasses.replace(example, weight=0.01) for example in rows.train)
-    weighted = train(base, dataclasses.replace(rows, train=light), tmp_path, training={"row_weights": True})
+    unweighted = train(base, rows, tmp_path / "unweighted", training={"row_weights": True})
+    for chunked, whole in zip(plain.metrics, unweighted.metrics, strict=True):
+        assert chunked[1].get("loss") == pytest.approx(whole[1].get("loss"), rel=1e-5), "the chunked loss is ms-swift's own"
+    assert "token_acc" in unweighted.metrics[0][1] and "token_acc" not in plain.metrics[0][1], "the chunked loss makes no logits"
+    weighted = train(base, dataclasses.replace(rows, train=light), tmp_path / "weighted", training={"row_weights": True})
     loss, weighted_loss = plain.metrics[0][1]["loss"], weighted.metrics[0][1]["loss"]
     assert 0.01 * loss < weighted_loss < 0.5 * loss, "what is left is the end token's, which has no weight"

@@ -28,6 +28,13 @@ def args_of(**sections: Any) -> SwiftArgs:
     return swift_args(variant(**sections), *PATHS)
 
 
+def plugins_of(recipe: FinetuneRecipe) -> list[str]:
+    """By name; each is there."""
+    plugins = swift_args(recipe, *PATHS).get("external_plugins", [])
+    assert isinstance(plugins, list) and all(Path(plugin).is_file() for plugin in plugins)
+    return [Path(plugin).name for plugin in plugins]
+
+
 def test_the_embedded_recipes_arguments() -> None:
     args = swift_args(EMBEDDED, *PATHS)
     wanted = {
@@ -50,7 +57,8 @@ def test_the_embedded_recipes_arguments() -> None:
         "report_to": ["none"],
     }
     assert {key: args[key] for key in wanted} == wanted
-    assert not args.keys() & {"deepspeed", "external_plugins", "quant_method", "rlhf_type", "callbacks", "max_steps", "save_only_model"}
+    assert not args.keys() & {"deepspeed", "quant_method", "rlhf_type", "callbacks", "max_steps", "save_only_model"}
+    assert plugins_of(EMBEDDED) == ["swift_chunked_loss.py"]
     assert swift_command(EMBEDDED) == "sft"
     environment = swift_environment(EMBEDDED, LOGS)
     assert environment["DS_ACCELERATOR"] == "cpu" and not [name for name in environment if name.startswith(("NPROC", "PET_"))]
@@ -60,7 +68,7 @@ def test_batches_and_deepspeed_on_gpus() -> None:
     recipe = variant(training={"device": "cuda", "processes": 4, "micro_batch_size": 2, "global_batch_size": 32, "deepspeed": "zero3"})
     args = swift_args(recipe, *PATHS)
     assert (args["per_device_train_batch_size"], args["gradient_accumulation_steps"], args["deepspeed"]) == (2, 4, "zero3")
-    assert not args.keys() & {"use_cpu", "external_plugins"}
+    assert "use_cpu" not in args and plugins_of(recipe) == ["swift_chunked_loss.py"]
     environment = swift_environment(recipe, LOGS)
     assert (environment["NPROC_PER_NODE"], environment["PET_LOG_DIR"], environment["PET_STANDALONE"]) == ("4", "/logs", "1")
 
@@ -68,8 +76,7 @@ def test_batches_and_deepspeed_on_gpus() -> None:
 def test_deepspeed_on_the_cpu_brings_the_plugin_that_spares_the_compiler() -> None:
     recipe = variant(training={"deepspeed": "zero2"})
     assert swift_environment(recipe, LOGS)["NPROC_PER_NODE"] == "1", "without a launcher DeepSpeed looks for MPI"
-    (plugin,) = args_of(training={"processes": 2, "micro_batch_size": 8, "deepspeed": "zero2"})["external_plugins"]  # type: ignore[union-attr]
-    assert Path(str(plugin)).is_file()
+    assert "swift_cpu_deepspeed.py" in plugins_of(variant(training={"processes": 2, "micro_batch_size": 8, "deepspeed": "zero2"}))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +107,12 @@ def test_deepspeed_on_the_cpu_brings_the_plugin_that_spares_the_compiler() -> No
 def test_fields_become_arguments(sections: dict[str, Any], wanted: dict[str, Any]) -> None:
     args = args_of(**sections)
     assert {key: args.get(key) for key in wanted} == wanted
+
+
+def test_quantization_takes_the_experts_with_it_and_the_loss_is_chunked_where_it_is_the_plain_one() -> None:
+    assert plugins_of(variant(quantization="nf4")) == ["swift_chunked_loss.py", "swift_expert_nf4.py"]
+    assert plugins_of(variant(quantization="nf4", method="dpo")) == ["swift_expert_nf4.py"]
+    assert plugins_of(variant(training={"row_weights": True})) == []
 
 
 def test_steps_and_epochs_are_not_both_given() -> None:
@@ -141,6 +154,12 @@ def test_the_input_digest_is_of_what_decides_the_result() -> None:
     assert len({first, *others}) == len(others) + 1
     stopping = {"early_stopping": {"patience_checkpoints": 2}}
     assert digest(variant(training=stopping)) != digest(variant(training=stopping | {"checkpoint_steps": 7})), "it decides when to stop"
+    quantized = published_of(variant(quantization="nf4"))
+    linears_only = quantized | {"external_plugins": ["swift_chunked_loss.py"]}
+    assert input_digest(quantized, 1, "t", versions) != input_digest(linears_only, 1, "t", versions), "what nf4 meant before it took the experts along"
+    plain = published_of(EMBEDDED)
+    before = {key: value for key, value in plain.items() if key != "external_plugins"}
+    assert input_digest(plain, 1, "t", versions) == input_digest(before, 1, "t", versions), "the same loss, in another order of summation"
     assert digest(variant(method="dpo")) != digest(variant(method="dpo"), versions=versions | {"version.trl": "2"})
 
 

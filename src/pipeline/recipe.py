@@ -232,7 +232,9 @@ class FinetuneRecipe(Section):
     base_model: str
     """`tiny` for the built-in tiny GLM-4.5V, else a folder with a GLM-4.5V in Hugging Face's format."""
     quantization: Literal["nf4"] | None = None
-    """nf4 holds the frozen base in 4 bits while training (QLoRA, arXiv 2305.14314); the adapter is served on the unquantized base."""
+    """nf4 holds the frozen base in 4 bits while training, its routed experts too (QLoRA, arXiv 2305.14314); the adapter is served on the unquantized base.
+
+    Keep `training.gradient_checkpointing`: it lets one layer's experts at a time stand in full precision, and not those of all layers."""
     method: Literal["sft", "dpo"] = "sft"
     """sft learns the rows' answers; dpo learns to prefer them to the rows' rejected answers."""
     dataset: DatasetFiles
@@ -251,6 +253,8 @@ class FinetuneRecipe(Section):
             yield "training.row_weights: does not go with method: dpo, where ms-swift ignores them; remove it"
         if self.quantization and self.training.deepspeed in ("zero3", "zero3_offload"):
             yield f"training.deepspeed: {self.training.deepspeed} cannot gather 4-bit weights; use zero2, or remove quantization"
+        if self.quantization and (experts := sorted(set(self.lora.target_modules) & set(EXPERTS))):
+            yield f"lora.target_modules: {', '.join(experts)} mean the routed experts, where peft finds no 4-bit weights to adapt; remove them, or quantization"
 
 
 class ServedLora(Section):

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 from pipeline import checkpoint, process
 from pipeline.adapter import ADAPTER_FILES, Adapter, read_adapter
@@ -28,7 +29,11 @@ SwiftArgs = dict[str, str | int | float | bool | list[str]]
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 """Called with the optimizer step and what ms-swift logged there."""
 MODEL_TYPE, TEMPLATE = "glm4v_moe", "glm4_5v"
-CPU_DEEPSPEED_PLUGIN, EARLY_STOP_PLUGIN = (Path(__file__).with_name(name) for name in ("swift_cpu_deepspeed.py", "swift_early_stop.py"))
+CPU_DEEPSPEED_PLUGIN, EARLY_STOP_PLUGIN, CHUNKED_LOSS_PLUGIN, EXPERT_NF4_PLUGIN = (
+    Path(__file__).with_name(f"swift_{name}.py") for name in ("cpu_deepspeed", "early_stop", "chunked_loss", "expert_nf4")
+)
+DECIDING_PLUGINS = frozenset({EXPERT_NF4_PLUGIN.name})
+"""Those that change what comes out, beyond what the arguments say: before there was this one, nf4 left the experts as they were."""
 DECIDING_PACKAGES = (
     "ms-swift", "transformers", "peft", "accelerate", "torch", "torchvision", "tokenizers", "datasets", "numpy", "pillow", "python",
 )  # fmt: skip
@@ -117,7 +122,10 @@ def swift_args(recipe: FinetuneRecipe, base: Path, train_file: Path, output: Pat
         plugins.append(str(EARLY_STOP_PLUGIN))
     if training.row_weights:
         args["is_binary_loss_scale"] = False
+    elif recipe.method == "sft":
+        plugins.append(str(CHUNKED_LOSS_PLUGIN))
     if recipe.quantization:
+        plugins.append(str(EXPERT_NF4_PLUGIN))
         args |= {"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": recipe.quantization, "bnb_4bit_compute_dtype": training.precision}
     if training.device == "cpu":
         args["use_cpu"] = True
@@ -184,6 +192,8 @@ def input_digest(args: SwiftArgs, processes: int, template_digest: str, versions
     packages += ["flash-attn"] if str(args["attn_impl"]).startswith("flash") else []
     neutral = NEUTRAL_ARGS - ({"save_steps", "eval_steps"} if "early_stop_interval" in args else set())
     deciding = {key: value for key, value in args.items() if key not in neutral}
+    if plugins := sorted(DECIDING_PLUGINS.intersection(cast(list[str], args.get("external_plugins", [])))):
+        deciding["external_plugins"] = plugins
     content = [deciding, processes, template_digest, {package: versions.get(f"version.{package}") for package in packages}]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

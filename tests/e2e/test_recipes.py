@@ -29,6 +29,8 @@ def test_a_twin_trains_to_a_served_adapter_that_beats_the_base(quickstart: Quick
     assert trained["trained"]
     params = quickstart.registry.client.get_run(trained["mlflow_run_id"]).data.params
     assert (params["training.deepspeed"], params["quantization"]) == (("zero2", "None") if twin == "zero2" else ("None", "nf4"))
+    log = (quickstart.sandbox.root / f".tuneserve/logs/training-{trained['mlflow_run_id']}.log").read_text("utf-8")
+    assert ("ParametrizedGlm4vMoeTextExperts" in log) == (twin == "qlora"), "the routed experts are in 4 bits too"
     quickstart.sandbox.json("promote", label, "--force", "--json")  # it may be no better than the champion
     version = quickstart.registry.version("catalog", str(trained["version"]))
     found = replay(Replica(quickstart.replica, quickstart.token), version, read_reference(quickstart.registry.reference(version) or "", label))

@@ -1,0 +1,263 @@
+"""QLoRA of GLM-4.5V at its true width on one GPU: memory, seconds a step and tokens a second, with the two plugins that our recipes give ms-swift. See README.md here.
+
+`run` loads a model of random weights through transformers with 4-bit linears and experts, from a safetensors checkpoint that it writes first (`--source disk`: the
+streaming itself; 8 layers are 36 GB) or from tensors that are made when transformers reads them (`--source made`: the same conversions, all 46 layers on one GPU),
+and trains a LoRA of the attention for a few steps at each length. `extrapolate` draws a line through the numbers of layers that were run. Answers mean nothing here.
+
+Needs torch, transformers >= 5.17, peft, safetensors and bitsandbytes; no ms-swift and no network. What ms-swift does around it is done as it does: autocast to bfloat16,
+reentrant gradient checkpointing, one row, AdamW on the adapter in float32.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch.nn.utils import parametrize
+from transformers import BitsAndBytesConfig, Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
+
+from pipeline import swift_chunked_loss, swift_expert_nf4
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GIB = 2**30
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TEXT: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 10944, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True,
+    "moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "vocab_size": 151552,
+    "max_position_embeddings": 65536, "pad_token_id": 151329, "eos_token_id": [151329, 151336, 151338],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]},
+}  # fmt: skip
+VISION: dict[str, Any] = {"depth": 24, "hidden_size": 1536, "num_heads": 12, "intermediate_size": 10944, "out_hidden_size": 4096}
+"""GLM-4.5V's dimensions: transformers' defaults are others."""
+TINY: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 2048}
+TINY |= {"moe_intermediate_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2, "pad_token_id": 0, "eos_token_id": [0]}
+TINY |= {"rope_parameters": TEXT["rope_parameters"] | {"mrope_section": [2, 3, 3]}}
+TINY_VISION: dict[str, Any] = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 256, "out_hidden_size": 128}
+
+
+def true_config(layers: int, *, tiny: bool) -> Glm4vMoeConfig:
+    text, vision = (TEXT | TINY, VISION | TINY_VISION) if tiny else (TEXT, VISION)
+    return Glm4vMoeConfig(text_config=text | {"num_hidden_layers": layers}, vision_config=vision, tie_word_embeddings=False, dtype="bfloat16")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor of a checkpoint that is made whenever it is read, as transformers reads a slice of a safetensors file."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    def __getitem__(self, whole: object) -> torch.Tensor:
+        if self.name.endswith("e_score_correction_bias"):
+            return torch.zeros(self.shape, device=DEVICE)
+        empty = torch.empty(self.shape, dtype=torch.bfloat16, device=DEVICE)
+        if self.name.endswith("bias"):
+            return empty.zero_()
+        return empty.fill_(1) if "norm" in self.name else empty.normal_(0, 0.02)
+
+
+def checkpoint_of(config: Glm4vMoeConfig) -> dict[str, Made]:
+    """The tensors of a GLM-4.5V checkpoint, each expert's three matrices by themselves."""
+    with torch.device("meta"):
+        whole = Glm4vMoeForConditionalGeneration(config).state_dict()
+    tensors: dict[str, Made] = {}
+    for name, tensor in whole.items():
+        path, _, parameter = name.rpartition(".")
+        if parameter not in swift_expert_nf4.EXPERT_WEIGHTS:
+            tensors[name] = Made(name, tuple(tensor.shape))
+            continue
+        halves = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else ("down_proj",)
+        experts, rows, columns = tensor.shape
+        for key in (f"{path}.{expert}.{half}.weight" for expert in range(experts) for half in halves):
+            tensors[key] = Made(key, (rows // len(halves), columns))
+    return tensors
+
+
+def write_checkpoint(config: Glm4vMoeConfig, folder: Path) -> None:
+    """A file for each decoder layer, and one for the rest."""
+    config.save_pretrained(folder)
+    files: defaultdict[str, list[Made]] = defaultdict(list)
+    for name, made in checkpoint_of(config).items():
+        _, layer, rest = name.partition("language_model.layers.")
+        files[f"model-{int(rest.partition('.')[0]) + 1 if layer else 0:05d}.safetensors"].append(made)
+    for file, members in files.items():
+        save_file({made.name: made[...].cpu() for made in members}, folder / file, metadata={"format": "pt"})
+    placed = {made.name: file for file, members in files.items() for made in members}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}), "utf-8")
+
+
+def load(config: Glm4vMoeConfig, folder: Path | None) -> Any:
+    """Quantized while it is read, as ms-swift has it loaded for our arguments."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["mlp.gate", "model.visual", "lm_head"],
+    )
+    source = {"pretrained_model_name_or_path": folder} if folder else {"pretrained_model_name_or_path": None, "state_dict": checkpoint_of(config)}
+    options = {"config": config, "dtype": torch.bfloat16, "quantization_config": quantization, "device_map": {"": DEVICE}}
+    return Glm4vMoeForConditionalGeneration.from_pretrained(**source, **options, attn_implementation="sdpa")
+
+
+@contextmanager
+def host_memory() -> Iterator[list[int]]:
+    """The bytes of this process's own memory (files that are mapped, as checkpoints are, do not count), sampled."""
+    samples: list[int] = []
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.02):
+            lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+            samples.extend(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        ended.set()
+        thread.join()
+
+
+def gpu_memory() -> dict[str, float]:
+    """GiB on the GPU: now, and at most since the last reset; empty without one."""
+    if DEVICE == "cpu":
+        return {}
+    torch.cuda.synchronize()
+    now, peak, reserved = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return {"allocated_gib": now / GIB, "peak_gib": peak / GIB, "peak_reserved_gib": reserved / GIB}
+
+
+def experts_of(model: Any) -> dict[str, Any]:
+    """What the routed experts are held in."""
+    held = [module.parametrizations[name].original for module in model.modules() if parametrize.is_parametrized(module) for name in module.parametrizations]
+    return {
+        "expert_weights": len(held),
+        "expert_gib": sum(weight.nbytes for weight in held) / GIB,
+        "expert_dtypes": sorted({str(weight.dtype) for weight in held}),
+    }
+
+
+def with_adapter(model: Any) -> Any:
+    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=ATTENTION))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    model.config.use_cache = False
+    return adapted.train()
+
+
+def train(model: Any, tokens: int, steps: int) -> dict[str, Any]:
+    """Steps on one row of which every token is learnt: the most that a row of this length can take. The first step, which is slower, is not timed."""
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=1e-4)
+    torch.manual_seed(7)
+    row = torch.randint(0, 2000, (1, tokens), device=DEVICE)
+    losses, seconds = [], []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            loss = model(input_ids=row, attention_mask=torch.ones_like(row), labels=row).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
+    typical = statistics.median(seconds[1:])
+    return {"losses": losses, "step_seconds": seconds, "typical_step_seconds": typical, "tokens_per_second": tokens / typical}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = true_config(arguments.layers, tiny=arguments.tiny)
+    about: dict[str, Any] = {"layers": arguments.layers, "source": arguments.source, "loss": arguments.loss}
+    about["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    if arguments.loss == "plain":
+        Glm4vMoeForConditionalGeneration.forward = swift_chunked_loss.plain_forward
+
+    def tell(**figures: Any) -> None:
+        line = json.dumps(about | {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()})
+        print(line, flush=True)
+        with arguments.out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    folder = arguments.folder / f"layers-{arguments.layers}" if arguments.source == "disk" else None
+    if folder and not (folder / "model.safetensors.index.json").exists():
+        started = time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(config, folder)
+        tell(stage="written", seconds=time.perf_counter() - started, gib=sum(path.stat().st_size for path in folder.iterdir()) / GIB)
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    gpu_memory()
+    started = time.perf_counter()
+    with host_memory() as samples:
+        model = load(config, folder)
+    tell(stage="loaded", seconds=time.perf_counter() - started, host_peak_gib=max(samples, default=0) / GIB, **gpu_memory(), **experts_of(model))
+    adapted = with_adapter(model)
+    for tokens in arguments.tokens:
+        try:
+            figures = train(adapted, tokens, arguments.steps)
+        except torch.OutOfMemoryError as error:
+            tell(stage="trained", tokens=tokens, error=str(error).partition(". ")[0], **gpu_memory())
+            break
+        tell(stage="trained", tokens=tokens, **figures, **gpu_memory())
+
+
+def extrapolate(arguments: argparse.Namespace) -> None:
+    """For each length the line through the two numbers of layers furthest apart below `--layers`, at `--layers`, and what was measured there."""
+    found: defaultdict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for line in arguments.out.read_text("utf-8").splitlines():
+        figures = json.loads(line)
+        if figures["stage"] == "trained" and "error" not in figures and figures["loss"] == "chunked":
+            found[figures["tokens"]][figures["layers"]] = figures
+    for tokens, by_layers in sorted(found.items()):
+        fewer = [layers for layers in by_layers if layers < arguments.layers]
+        if len(fewer) < 2:
+            continue
+        few, many = min(fewer), max(fewer)
+        line: dict[str, Any] = {"stage": "extrapolated", "tokens": tokens, "from_layers": [few, many], "layers": arguments.layers}
+        for key in ("allocated_gib", "peak_gib", "typical_step_seconds"):
+            low, high = by_layers[few].get(key), by_layers[many].get(key)
+            if low is not None and high is not None:
+                line[key] = round(low + (high - low) / (many - few) * (arguments.layers - few), 4)
+                line[f"measured_{key}"] = by_layers.get(arguments.layers, {}).get(key)
+        line["tokens_per_second"] = round(tokens / line["typical_step_seconds"], 1)
+        print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    running = commands.add_parser("run")
+    running.set_defaults(command=run)
+    running.add_argument("--layers", type=int, default=46)
+    running.add_argument("--source", choices=("disk", "made"), default="made")
+    running.add_argument("--folder", type=Path, default=Path("/tmp/glm-4.5v"), help="where --source disk writes its checkpoint")  # noqa: S108 (a machine of one's own)
+    running.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384, 32768])
+    running.add_argument("--steps", type=int, default=3)
+    running.add_argument("--loss", choices=("chunked", "plain"), default="chunked")
+    running.add_argument("--tiny", action="store_true", help="small dimensions: whether the script works")
+    drawing = commands.add_parser("extrapolate")
+    drawing.set_defaults(command=extrapolate)
+    drawing.add_argument("--layers", type=int, default=46)
+    for command in (running, drawing):
+        command.add_argument("--out", type=Path, default=Path("qlora.jsonl"), help="JSON lines, one as soon as it is known")
+    arguments = parser.parse_args()
+    arguments.command(arguments)
+
+
+if __name__ == "__main__":
+    main()
