@@ -253,6 +253,8 @@ def _same_result(recipe: FinetuneRecipe) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = [(f"training.micro_batch_size: {size}", {"micro_batch_size": size}) for size in sizes]
     if not training.gradient_checkpointing:
         found.append(("training.gradient_checkpointing: true", {"gradient_checkpointing": True}))
+    if not training.offload_checkpoints and training.device == "cuda" and training.processes == 1 and training.deepspeed is None:
+        found.append(("training.offload_checkpoints: true", {"offload_checkpoints": True, "gradient_checkpointing": True}))
     return found
 
 

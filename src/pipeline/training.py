@@ -29,8 +29,8 @@ SwiftArgs = dict[str, str | int | float | bool | list[str]]
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 """Called with the optimizer step and what ms-swift logged there."""
 MODEL_TYPE, TEMPLATE = "glm4v_moe", "glm4_5v"
-CPU_DEEPSPEED_PLUGIN, EARLY_STOP_PLUGIN, CHUNKED_LOSS_PLUGIN, EXPERT_NF4_PLUGIN = (
-    Path(__file__).with_name(f"swift_{name}.py") for name in ("cpu_deepspeed", "early_stop", "chunked_loss", "expert_nf4")
+CPU_DEEPSPEED_PLUGIN, EARLY_STOP_PLUGIN, CHUNKED_LOSS_PLUGIN, EXPERT_NF4_PLUGIN, OFFLOAD_CHECKPOINTS_PLUGIN = (
+    Path(__file__).with_name(f"swift_{name}.py") for name in ("cpu_deepspeed", "early_stop", "chunked_loss", "expert_nf4", "offload_checkpoints")
 )
 DECIDING_PLUGINS = frozenset({EXPERT_NF4_PLUGIN.name})
 """Those that change what comes out, beyond what the arguments say: before there was this one, nf4 left the experts as they were."""
@@ -127,6 +127,9 @@ def swift_args(recipe: FinetuneRecipe, base: Path, train_file: Path, output: Pat
     if recipe.quantization:
         plugins.append(str(EXPERT_NF4_PLUGIN))
         args |= {"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": recipe.quantization, "bnb_4bit_compute_dtype": training.precision}
+    if training.offload_checkpoints:
+        plugins.append(str(OFFLOAD_CHECKPOINTS_PLUGIN))
+        args["gradient_checkpointing_kwargs"] = '{"use_reentrant": true}'
     if training.device == "cpu":
         args["use_cpu"] = True
     if training.deepspeed:

@@ -3,7 +3,7 @@
 A step has two moments that may need most: the loss, when three float32 copies of the logits stand beside everything kept for the backward pass, and one layer's
 backward pass, when its weights (gathered or dequantized) and its activations do. Everything else is there all the time.
 
-Held against 13 measured peaks (torch's allocator) of GLM-4.5V cut to 1 to 6 layers on one H100, and against the README's QLoRA steps at full depth: tests/test_training_memory.py.
+Held against 13 measured peaks (torch's allocator) of GLM-4.5V cut to 1 to 6 layers on one H100, and against eight QLoRA steps at full depth: tests/test_training_memory.py.
 Not measured: DeepSpeed, method: dpo, flash attention, several GPUs; their items are the papers' and the sources' arithmetic.
 """
 
@@ -17,6 +17,8 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A parameter in NF4 with nested scales (QLoRA, arXiv 2305.14314, section 3): 4 bits, an 8-bit scale for 64 of them, a float32 scale for 256 of those. Exact."""
 LOGITS_COPIES = 3
 """Float32 copies of the logits at once: log-probabilities, their gradient and the logits' (torch's cross_entropy after `logits.float()`). Measured: 3.00 on one layer."""
+CHUNK_TOKENS = 512
+"""So many tokens' logits there are at once in plain training (swift_chunked_loss.CHUNK_TOKENS, which a contract test compares); all of them with row weights or preferences."""
 ROUTED_GRADIENT_BYTES = 4
 """The gradient of the routed experts' outputs is float32 (routing weights are), and stands beside its copy in the training's precision. Fitted: of the QLoRA step at
 2,048 tokens (61.1 GiB), which alone is bound by a layer; it decides 0.4 GiB there, and no more than half of it can be wrong within that figure's rounding."""
@@ -102,7 +104,8 @@ def training_memory(
     adapter, host = _adapter_bytes(adapter_parameters(architecture, recipe), recipe, number)
     host += held if training.deepspeed == "zero3_offload" else 0
 
-    at_loss = LOGITS_COPIES * 4 * decoder.vocabulary * answers
+    chunked = recipe.method == "sft" and not training.row_weights
+    at_loss = LOGITS_COPIES * 4 * decoder.vocabulary * (min(answers, CHUNK_TOKENS) if chunked else answers)
     at_loss += decoder.vocabulary * decoder.hidden * number if zero3 else 0  # lm_head, gathered
     whole = _layer_weights(decoder) * number if zero3 else 0
     dequantized = (_layer_weights(decoder) if experts_in_4_bits else _layer_weights(decoder) - decoder.experts_of_a_layer) * number if quantized else 0
@@ -111,6 +114,9 @@ def training_memory(
     at_layer = max(whole, dequantized) + (experts * 4 // 3 if adapts_experts else 0)  # and the gradient of down_proj's sum, a third
     if training.gradient_checkpointing:
         kept = tokens * decoder.layers * decoder.hidden * number
+        if training.offload_checkpoints:
+            host += kept * training.processes
+            kept = tokens * decoder.hidden * number  # the one that is back for its layer
         at_layer += tokens * max(_kept_by_layer(decoder, recipe, number, moe, adapted=True) for moe in _kinds(decoder))
     else:
         kept = tokens * sum(_kept_by_layer(decoder, recipe, number, moe, adapted) for moe, adapted in _all_layers(decoder, layers))

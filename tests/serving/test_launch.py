@@ -68,7 +68,7 @@ def test_on_gpus_nothing_of_the_cpu_is_set() -> None:
 def test_the_users_own_plugins_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "theirs,tuneserve")
     environment = serve_environment(EMBEDDED, Path("/settings"))
-    assert environment["VLLM_PLUGINS"] == "tuneserve_cpu_moe,tuneserve,theirs"
+    assert environment["VLLM_PLUGINS"] == "tuneserve_cpu_moe,tuneserve_cpu_lora,tuneserve,theirs"
     assert environment[SETTINGS_VARIABLE] == "/settings"
 
 

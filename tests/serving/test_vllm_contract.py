@@ -1,4 +1,4 @@
-"""What we use of vLLM beyond its documented interfaces. If one of these fails after an upgrade, read plugin.py and cpu_moe.py before anything is served."""
+"""What we use of vLLM beyond its documented interfaces. If one of these fails after an upgrade, read plugin.py, cpu_moe.py and cpu_lora.py before anything is served."""
 
 import asyncio
 import hashlib
@@ -12,6 +12,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 
 pytestmark = pytest.mark.contract
 
@@ -38,6 +39,8 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError  # noqa: E402
 from vllm.logprobs import Logprob  # noqa: E402
 from vllm.lora.model_manager import LoRAModelManager  # noqa: E402
+from vllm.lora.ops.torch_ops import lora_ops  # noqa: E402
+from vllm.lora.punica_wrapper import punica_cpu  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.lora.worker_manager import WorkerLoRAManager  # noqa: E402
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method  # noqa: E402
@@ -55,7 +58,7 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin  # noqa:
 
 from pipeline.errors import ServingError  # noqa: E402
 from pipeline.recipe import ServingRecipe, load_recipe  # noqa: E402
-from pipeline.serving import cpu_moe, hooks, plugin, worker_report  # noqa: E402
+from pipeline.serving import cpu_lora, cpu_moe, hooks, plugin, worker_report  # noqa: E402
 from pipeline.serving.engine import ServedAdapter  # noqa: E402
 from pipeline.serving.hint import new_hint  # noqa: E402
 from pipeline.serving.launch import serve_args  # noqa: E402
@@ -369,6 +372,31 @@ def test_expert_lora_on_cpu_is_refused(modules, refused):
             cpu_moe.refuse_expert_lora(modules)
     else:
         cpu_moe.refuse_expert_lora(modules)
+
+
+def shrunk_and_expanded(slots):
+    """What one batch of two tokens of the base and three of slot 0 gets from adapters in `slots`."""
+    torch.manual_seed(1)
+    tokens, index, lengths = torch.randn(5, 6), torch.tensor([-1, 0]), torch.tensor([2, 3])
+    a, b = torch.randn(slots, 1, 4, 6), torch.randn(slots, 1, 7, 4)
+    layout = (torch.tensor([0, 2]), lengths, index, 2, 3, 5)
+    buffer, out = torch.zeros(5, 4), torch.zeros(5, 7)
+    punica_cpu.sgmv_shrink(tokens, a, buffer, *layout, 1.0)
+    punica_cpu.sgmv_expand(buffer, b, out, *layout, True)
+    return out, tokens[2:] @ a[0, 0].T @ b[0, 0].T
+
+
+def test_base_tokens_beside_an_adapters_get_nothing_of_the_last_slot(monkeypatch):
+    for module in (lora_ops, punica_cpu):
+        monkeypatch.setattr(module, "bgmv_shrink", getattr(module.bgmv_shrink, "__wrapped__", module.bgmv_shrink))
+    out, _ = shrunk_and_expanded(slots=2)
+    assert out[:2].abs().max() > 0.1, "vLLM has mended it: cpu_lora.py can go"
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda: True))
+    for _ in range(2):
+        cpu_lora.register()
+        out, wanted = shrunk_and_expanded(slots=2)
+        assert torch.equal(out[:2], torch.zeros(2, 7)) and torch.allclose(out[2:], wanted, atol=1e-5)
+    assert punica_cpu.bgmv_shrink is lora_ops.bgmv_shrink
 
 
 def chosen(serving, **request):

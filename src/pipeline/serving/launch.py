@@ -17,7 +17,7 @@ from pipeline.services import Service, free_port, require_free_port, service
 from pipeline.serving.settings import SETTINGS_VARIABLE, FollowerSettings
 
 SERVICE_PREFIX = "vllm-"
-PLUGINS = ("tuneserve_cpu_moe", "tuneserve")
+PLUGINS = ("tuneserve_cpu_moe", "tuneserve_cpu_lora", "tuneserve")
 FORBIDDEN = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens endpoints that let any client load any folder",
     "VLLM_SKIP_MODEL_NAME_VALIDATION": "answers unknown names from the base model",
