@@ -67,6 +67,8 @@ def test_relations_between_fields_name_a_field_and_a_value_that_works(tmp_path: 
         ("training: {epochs: 1, max_steps: 5, global_batch_size: 3, micro_batch_size: 2}", {"training.max_steps", "training.global_batch_size"}),
         ("training: {device: cpu, attention: flash_attention_2}", {"training.attention"}),
         ("training: {packing: true}", {"training.packing"}),
+        ("training: {offload_checkpoints: true, processes: 2}", {"training.offload_checkpoints"}),
+        ("training: {offload_checkpoints: true, gradient_checkpointing: false}", {"training.offload_checkpoints"}),
         ("lora: {layers: [3, 1], target_modules: [gate_proj], dropout: 0.1}", {"lora.layers", "lora.dropout", "lora.target_modules"}),
         ("lora: {target_modules: [q_proj, 'a.*b', proj]}", {"lora.target_modules.1", "lora.target_modules.2"}),
         ("training: {scheduler: constant, seed: 4294967296}", {"training.scheduler", "training.seed"}),

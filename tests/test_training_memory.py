@@ -10,10 +10,28 @@ VISION = {"freeze_vit": False, "freeze_aligner": False}
 FUSED = {"target_modules": (*ATTENTION, *EXPERTS)}
 
 
-@pytest.mark.parametrize(("tokens", "measured_gib", "bound_by"), [(2048, 61.1, "layer"), (8192, 72.0, "logits")])
-def test_a_qlora_step_at_full_depth_peaks_as_measured(tokens: int, measured_gib: float, bound_by: str) -> None:
-    """One H100 80GB, experts and linears in nested NF4, attention adapters of rank 16, checkpointing, text only."""
-    memory = training_memory(glm(), finetune("nf4", max_length_tokens=tokens), image_tokens=0)
+WHOLE = {"row_weights": True}
+"""Logits as transformers makes them, not in chunks."""
+OFFLOADED = {"offload_checkpoints": True}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "how", "measured_gib", "bound_by"),
+    [
+        (2048, WHOLE, 61.1, "layer"),
+        (8192, WHOLE, 72.0, "logits"),
+        (2048, {}, 60.88, "layer"),
+        (8192, {}, 65.76, "layer"),
+        (16384, {}, 72.23, "layer"),
+        (2048, OFFLOADED, 60.28, "layer"),
+        (8192, OFFLOADED, 63.09, "layer"),
+        (16384, OFFLOADED, 66.84, "layer"),
+        (32768, OFFLOADED, 74.33, "layer"),
+    ],
+)
+def test_a_qlora_step_at_full_depth_peaks_as_measured(tokens: int, how: dict[str, bool], measured_gib: float, bound_by: str) -> None:
+    """One H100 80GB, experts and linears in nested NF4, attention adapters of rank 16, checkpointing, text only (docs/benchmarks.md)."""
+    memory = training_memory(glm(), finetune("nf4", max_length_tokens=tokens, **how), image_tokens=0)
     assert memory.weights / GIB == pytest.approx(54.7, rel=0.001)
     assert memory.allocated / GIB == pytest.approx(measured_gib, rel=0.01)
     assert memory.bound_by == bound_by
@@ -21,7 +39,7 @@ def test_a_qlora_step_at_full_depth_peaks_as_measured(tokens: int, measured_gib:
 
 
 def test_a_qlora_step_of_16384_tokens_runs_out_of_memory_in_the_logits() -> None:
-    memory = training_memory(glm(), finetune("nf4", max_length_tokens=16384), image_tokens=0)
+    memory = training_memory(glm(), finetune("nf4", max_length_tokens=16384, **WHOLE), image_tokens=0)
     assert memory.bound_by == "logits"
     assert memory.at_loss / 3 / GIB == pytest.approx(9.25, rel=0.001)  # the float32 tensor that could not be allocated
     assert memory.total - memory.at_loss < known_gpu("h100-80gb").bytes < memory.total
@@ -55,7 +73,7 @@ def test_lora_peaks_of_few_layers_are_as_measured(
     layers: int, lora: dict[str, object], tokens: int, checkpointing: bool, image_tokens: int, measured_gib: float
 ) -> None:
     """torch.cuda.max_memory_allocated in the second step; one H100, torch 2.11, transformers 5.17, bf16 base under autocast, rank 16, AdamW, micro batch 1."""
-    recipe = finetune(lora=lora, max_length_tokens=tokens, gradient_checkpointing=checkpointing)
+    recipe = finetune(lora=lora, max_length_tokens=tokens, gradient_checkpointing=checkpointing, **WHOLE)
     assert training_memory(glm(layers), recipe, image_tokens=image_tokens).allocated / GIB == pytest.approx(measured_gib, rel=0.04)
 
 
@@ -92,9 +110,11 @@ def test_offload_moves_weights_and_optimizer_to_the_host() -> None:
 
 def test_what_a_row_costs() -> None:
     one = training_memory(glm(), finetune(max_length_tokens=4096))
-    assert training_memory(glm(), finetune(max_length_tokens=4096, micro_batch_size=2)).at_loss == 2 * one.at_loss
+    whole = training_memory(glm(), finetune(max_length_tokens=4096, **WHOLE))
+    assert whole.at_loss == 8 * one.at_loss  # 512 tokens at a time
+    assert training_memory(glm(), finetune(max_length_tokens=4096, micro_batch_size=2, **WHOLE)).at_loss == 2 * whole.at_loss
     assert training_memory(glm(), finetune(max_length_tokens=4096, method="dpo")).kept == 2 * one.kept
-    assert training_memory(glm(), finetune(max_length_tokens=4096), answer_tokens=512).at_loss == one.at_loss // 8
+    assert training_memory(glm(), finetune(max_length_tokens=4096, **WHOLE), answer_tokens=512).at_loss == whole.at_loss // 8
     assert training_memory(glm(), finetune(max_length_tokens=4096), image_tokens=4000) == one  # a frozen tower keeps nothing
     assert training_memory(glm(), finetune(max_length_tokens=4096, precision="float32")).weights == 2 * one.weights
 

@@ -254,7 +254,8 @@ def _same_result(recipe: FinetuneRecipe) -> list[tuple[str, dict[str, Any]]]:
     if not training.gradient_checkpointing:
         found.append(("training.gradient_checkpointing: true", {"gradient_checkpointing": True}))
     if not training.offload_checkpoints and training.device == "cuda" and training.processes == 1 and training.deepspeed is None:
-        found.append(("training.offload_checkpoints: true", {"offload_checkpoints": True, "gradient_checkpointing": True}))
+        both = "" if training.gradient_checkpointing else "training.gradient_checkpointing: true, "
+        found.append((f"{both}training.offload_checkpoints: true", {"gradient_checkpointing": True, "offload_checkpoints": True}))
     return found
 
 
@@ -265,7 +266,7 @@ def _all_of(changes: list[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, A
     for text, change in changes:
         fields |= change
         texts |= dict.fromkeys(change, text)
-    return ", ".join(texts.values()), fields
+    return ", ".join(dict.fromkeys(texts.values())), fields
 
 
 def _below(tokens: int) -> int:

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,9 @@ def train(model: Any, tokens: int, steps: int) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> None:
     config = true_config(arguments.layers, tiny=arguments.tiny)
     about: dict[str, Any] = {"layers": arguments.layers, "source": arguments.source, "loss": arguments.loss}
+    if arguments.offload:
+        import_module("pipeline.swift_offload_checkpoints")  # it takes its place by itself
+        about["offload"] = True
     about["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     if arguments.loss == "plain":
         Glm4vMoeForConditionalGeneration.forward = swift_chunked_loss.plain_forward
@@ -249,6 +253,7 @@ def main() -> None:
     running.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384, 32768])
     running.add_argument("--steps", type=int, default=3)
     running.add_argument("--loss", choices=("chunked", "plain"), default="chunked")
+    running.add_argument("--offload", action="store_true", help="layers' inputs wait in host memory")
     running.add_argument("--tiny", action="store_true", help="small dimensions: whether the script works")
     drawing = commands.add_parser("extrapolate")
     drawing.set_defaults(command=extrapolate)
