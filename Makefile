@@ -25,14 +25,16 @@ $(READY): requirements/$(EXTRA).txt pyproject.toml
 quickstart: setup
 	$(BIN)/tuneserve quickstart
 
-test: setup test-fast test-contract test-e2e
+test: setup
+	$(MAKE) -j2 --output-sync=line test-fast test-contract # the first mostly waits, the second mostly imports
+	$(MAKE) test-e2e
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not e2e" --ignore-glob "*_contract.py"
 
 # Against the real ms-swift and vLLM, whose imports alone take longer than the fast tier.
 test-contract: setup
-	$(BIN)/python -m pytest $(shell find tests -name "*_contract.py")
+	$(BIN)/python -m pytest --timeout 600 $(shell find tests -name "*_contract.py")
 
 test-e2e: setup
 	$(BIN)/python -m pytest -m e2e --timeout 900

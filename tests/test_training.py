@@ -113,7 +113,7 @@ def test_quantization_takes_the_experts_with_it_and_the_loss_is_chunked_where_it
     assert plugins_of(variant(quantization="nf4")) == ["swift_chunked_loss.py", "swift_expert_nf4.py"]
     assert plugins_of(variant(quantization="nf4", method="dpo")) == ["swift_expert_nf4.py"]
     assert plugins_of(variant(training={"row_weights": True})) == []
-    offloaded = variant(training={"device": "cuda", "offload_checkpoints": True})
+    offloaded = variant(training={"device": "cuda", "gradient_checkpointing": True, "offload_checkpoints": True})
     assert plugins_of(offloaded) == ["swift_chunked_loss.py", "swift_offload_checkpoints.py"]
     assert swift_args(offloaded, *PATHS)["gradient_checkpointing_kwargs"] == '{"use_reentrant": true}'
 
