@@ -25,6 +25,7 @@ from pipeline.parity import Parity
 from pipeline.progress import progress
 from pipeline.project import Project, find_project
 from pipeline.recipe import FinetuneRecipe, Judge, load_recipe
+from pipeline.reference import read_reference
 from pipeline.registry import Registry, Version
 from pipeline.serving.client import Replica
 
@@ -56,7 +57,7 @@ def replayed(registered: Registry, version: Version, replica: Replica) -> Parity
     """Whether the replica reads and answers prompts as this version's training did."""
     with progress("replaying what training saw"):
         text = registered.reference(version)
-        return parity.replay(replica, version, parity.read_reference(text, version.label)) if text else parity.NO_REFERENCE
+        return parity.replay(replica, version, read_reference(text, version.label)) if text else parity.NO_REFERENCE
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="ask {name}")

@@ -15,12 +15,12 @@ from pipeline.basemodel import BaseModel
 from pipeline.dataset import Dataset, Deep
 from pipeline.errors import Fault, InvalidInput, ProcessFailed
 from pipeline.lineage import Inputs
-from pipeline.parity import REFERENCE_FILE
 from pipeline.preflight import checked_rows, refuse_misfit
 from pipeline.process import locked
 from pipeline.progress import progress
 from pipeline.project import Project, find_project
 from pipeline.recipe import FinetuneRecipe, dump_recipe, load_recipe
+from pipeline.reference import REFERENCE_FILE
 from pipeline.registry import Registry, TrainingRun, Version
 
 logger = logging.getLogger(__name__)

@@ -12,19 +12,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import AdapterInvalid
-from pipeline.parity import (
-    NO_REFERENCE,
-    TOLERANCES,
-    Expected,
-    Parity,
-    Reference,
-    Replayed,
-    Tolerance,
-    compare,
-    digest_of,
-    read_reference,
-    replay,
-)
+from pipeline.parity import NO_REFERENCE, TOLERANCES, Parity, Tolerance, compare, replay
+from pipeline.reference import Expected, Reference, Replayed, digest_of, read_reference
 from pipeline.registry import Version
 
 PICTURE = b"a picture's bytes"

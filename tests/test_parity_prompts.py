@@ -11,9 +11,9 @@ from PIL import Image
 
 from pipeline.dataset import read_examples
 from pipeline.example import IMAGE_TAG, Example
-from pipeline.parity import Question
 from pipeline.parity_prompts import MAX_IMAGE_BYTES, MAX_PIXELS, SHORT_ANSWER, SYSTEM, Questions, questions_of
 from pipeline.project import Project
+from pipeline.reference import Question
 from tests.conftest import ROOT, write_image
 
 KINDS = ["one image", "two images", "text", "turns", "system", "resized image"]

@@ -14,9 +14,9 @@ from pipeline.basemodel import BaseModel
 from pipeline.dataset import Dataset
 from pipeline.errors import ProcessFailed
 from pipeline.example import Example
-from pipeline.parity import read_reference
 from pipeline.project import Project
 from pipeline.recipe import FinetuneRecipe, load_recipe
+from pipeline.reference import read_reference
 from tests.conftest import ROOT, write_adapter
 from tests.test_parity import reference
 

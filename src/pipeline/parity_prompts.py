@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.example import IMAGE_TAG, Example
-from pipeline.parity import Message, Question
+from pipeline.reference import Message, Question
 
 MAX_IMAGE_BYTES, MAX_PIXELS, SMALL_SIDE = 160 * 1024, 512 * 1024, 448
 SHORT_ANSWER, SHORT_QUESTION, SYSTEM = "Yes.", "What do you see?", "You are a helpful assistant. Answer briefly."

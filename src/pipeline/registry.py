@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.adapter import ADAPTER_FILES, Adapter
 from pipeline.errors import RegistryError
-from pipeline.parity import MAX_REFERENCE_BYTES, REFERENCE_FILE
+from pipeline.reference import MAX_REFERENCE_BYTES, REFERENCE_FILE
 from pipeline.switch import Disabled, read_disabled
 from pipeline.version import (
     ARTIFACT_FOLDER,

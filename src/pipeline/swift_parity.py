@@ -21,7 +21,7 @@ from swift.model import get_processor
 from swift.template import get_template
 from transformers import AutoModelForImageTextToText
 
-from pipeline.parity import Expected, Logprobs, Question, Reference, digest_of
+from pipeline.reference import Expected, Logprobs, Question, Reference, digest_of
 from pipeline.training import MODEL_TYPE, TEMPLATE
 
 PACKAGES = ("ms-swift", "transformers", "peft", "torch", "torchvision", "tokenizers", "pillow")

@@ -19,10 +19,10 @@ from pipeline.adapter import ADAPTER_FILES, Adapter, read_adapter
 from pipeline.basemodel import BaseModel, template_digest
 from pipeline.dataset import Dataset, write_swift_rows
 from pipeline.errors import AdapterInvalid, ProcessFailed
-from pipeline.parity import REFERENCE_FILE, read_reference
 from pipeline.progress import Report
 from pipeline.project import Project
 from pipeline.recipe import Dpo, FinetuneRecipe, Lora
+from pipeline.reference import REFERENCE_FILE, read_reference
 
 logger = logging.getLogger(__name__)
 SwiftArgs = dict[str, str | int | float | bool | list[str]]

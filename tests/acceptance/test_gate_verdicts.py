@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pipeline.adapter import read_adapter
-from pipeline.parity import REFERENCE_FILE
+from pipeline.reference import REFERENCE_FILE
 from pipeline.registry import RECIPE_FILE, Version
 from tests.acceptance.conftest import FINETUNE
 from tests.acceptance.figures import show

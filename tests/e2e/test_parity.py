@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 
 from pipeline.adapter import read_adapter
 from pipeline.basemodel import TEMPLATE_FILE
-from pipeline.parity import Expected, Parity, Reference, compare, read_reference, replay
+from pipeline.parity import Parity, compare, replay
+from pipeline.reference import Expected, Reference, read_reference
 from pipeline.registry import Version
 from pipeline.services import free_port
 from pipeline.serving.client import Replica, ReplicaError

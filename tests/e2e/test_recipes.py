@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.evaluation import evaluate
-from pipeline.parity import read_reference, replay
+from pipeline.parity import replay
+from pipeline.reference import read_reference
 from pipeline.serving.client import Replica
 from tests.e2e.conftest import Quickstart
 from tests.e2e.environment import path_without_compilers

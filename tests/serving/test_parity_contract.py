@@ -22,9 +22,9 @@ from vllm.renderers.registry import renderer_from_config  # noqa: E402
 from pipeline import tinyglm  # noqa: E402
 from pipeline.basemodel import TEMPLATE_FILE  # noqa: E402
 from pipeline.dataset import read_examples  # noqa: E402
-from pipeline.parity import Replayed  # noqa: E402
 from pipeline.parity_prompts import Questions, questions_of  # noqa: E402
 from pipeline.project import Project  # noqa: E402
+from pipeline.reference import Replayed  # noqa: E402
 from pipeline.serving.engine import ServedAdapter  # noqa: E402
 from pipeline.serving.parity_route import MAX_BODY_BYTES, Asked, Replayer, read_asked  # noqa: E402
 from pipeline.serving.traffic import Traffic  # noqa: E402

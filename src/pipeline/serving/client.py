@@ -9,7 +9,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ServingError
-from pipeline.parity import Replayed
+from pipeline.reference import Replayed
 from pipeline.serving.hint import new_hint
 from pipeline.serving.settings import SYNC_SECONDS
 from pipeline.switch import Disabled

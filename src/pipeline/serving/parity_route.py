@@ -19,7 +19,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMClientError
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from pipeline.parity import Logprobs, Replayed, digest_of
+from pipeline.reference import Logprobs, Replayed, digest_of
 from pipeline.serving.engine import ServedAdapter
 from pipeline.serving.traffic import Request as OpenRequest
 from pipeline.serving.traffic import Traffic
