@@ -26,7 +26,7 @@ quickstart: setup
 	$(BIN)/tuneserve quickstart
 
 test: setup
-	$(MAKE) -j2 --output-sync=line test-fast test-contract # the first mostly waits, the second mostly imports
+	$(MAKE) -j2 test-fast test-contract # the first mostly waits, the second mostly imports
 	$(MAKE) test-e2e
 
 test-fast: setup
