@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline import promotion
 from pipeline.fleet import Fleet
+from pipeline.history import history
 from pipeline.lock import model_lock
 from pipeline.registry import Version
 from pipeline.version import CHAMPION
@@ -41,12 +42,12 @@ def killed(world: World, step: int, out: Path, *command: str) -> int:
 
 def agree(world: World, server: Server, wanted: Version) -> None:
     """Alias, replica and history say the same, and nothing is left over."""
-    told = world.json("history", wanted.name, "--json")["entries"]
+    told = history(world.registry, wanted.name)
     assert world.registry.client.get_registered_model(wanted.name).aliases.keys() == {CHAMPION}
-    assert world.registry.champion_number(wanted.name) == wanted.version == told[0]["after"]
+    assert world.registry.champion_number(wanted.name) == wanted.version == told[0].after
     assert server.is_live(wanted) and server.answering(wanted.name).startswith(f"{wanted.label}@")
-    assert not any(entry["open"] for entry in told)
-    assert all(newer["before"] == older["after"] for newer, older in itertools.pairwise(told))
+    assert not any(entry.open for entry in told)
+    assert all(newer.before == older.after for newer, older in itertools.pairwise(told))
 
 
 def kill_at_each_step(world: World, server: Server, reset: Callable[[], None], wanted: Version, folder: Path, *command: str) -> list[str]:
