@@ -41,6 +41,8 @@ TEXT: dict[str, Any] = {
 }  # fmt: skip
 VISION: dict[str, Any] = {"depth": 24, "hidden_size": 1536, "num_heads": 12, "intermediate_size": 10944, "out_hidden_size": 4096}
 """GLM-4.5V's dimensions: transformers' defaults are others."""
+IMAGE_TOKENS = 256
+"""Of a picture of 448x448: 32x32 patches, four to a token."""
 TINY: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 2048}
 TINY |= {"moe_intermediate_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2, "pad_token_id": 0, "eos_token_id": [0]}
 TINY |= {"rope_parameters": TEXT["rope_parameters"] | {"mrope_section": [2, 3, 3]}}
@@ -49,7 +51,8 @@ TINY_VISION: dict[str, Any] = {"depth": 2, "hidden_size": 64, "num_heads": 2, "i
 
 def true_config(layers: int, *, tiny: bool) -> Glm4vMoeConfig:
     text, vision = (TEXT | TINY, VISION | TINY_VISION) if tiny else (TEXT, VISION)
-    return Glm4vMoeConfig(text_config=text | {"num_hidden_layers": layers}, vision_config=vision, tie_word_embeddings=False, dtype="bfloat16")
+    names = dict(zip(("image_start_token_id", "image_token_id", "image_end_token_id"), (2040, 2041, 2042), strict=True)) if tiny else {}
+    return Glm4vMoeConfig(text_config=text | {"num_hidden_layers": layers}, vision_config=vision, tie_word_embeddings=False, dtype="bfloat16", **names)
 
 
 @dataclass(frozen=True)
@@ -160,24 +163,40 @@ def with_adapter(model: Any) -> Any:
     return adapted.train()
 
 
-def train(model: Any, tokens: int, steps: int) -> dict[str, Any]:
-    """Steps on one row of which every token is learnt: the most that a row of this length can take. The first step, which is slower, is not timed."""
+def one_row(config: Glm4vMoeConfig, tokens: int, images: int) -> dict[str, Any]:
+    """A row of random words, with `images` pictures of 448x448 (256 tokens each) at its beginning; every other token is learnt, the most that a row can take."""
+    torch.manual_seed(7)
+    ids = torch.randint(0, 2000, (1, tokens), device=DEVICE)
+    kinds = torch.zeros_like(ids)
+    for start in range(0, images * (IMAGE_TOKENS + 2), IMAGE_TOKENS + 2):
+        end = start + IMAGE_TOKENS + 1
+        ids[0, start], ids[0, end] = config.image_start_token_id, config.image_end_token_id
+        ids[0, start + 1 : end], kinds[0, start + 1 : end] = config.image_token_id, 1
+    row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(kinds == 1, -100), "mm_token_type_ids": kinds.int()}
+    if images:
+        vision = config.vision_config
+        numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        row["pixel_values"] = torch.randn(images * IMAGE_TOKENS * 4, numbers, device=DEVICE)
+        row["image_grid_thw"] = torch.tensor([[1, 32, 32]] * images, device=DEVICE)
+    return row
+
+
+def train(model: Any, row: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Steps on one row. The first step, which is slower, is not timed."""
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=1e-4)
-    torch.manual_seed(7)
-    row = torch.randint(0, 2000, (1, tokens), device=DEVICE)
     losses, seconds = [], []
     for _ in range(steps + 1):
         started = time.perf_counter()
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            loss = model(input_ids=row, attention_mask=torch.ones_like(row), labels=row).loss
+            loss = model(**row).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
     typical = statistics.median(seconds[1:])
-    return {"losses": losses, "step_seconds": seconds, "typical_step_seconds": typical, "tokens_per_second": tokens / typical}
+    return {"losses": losses, "step_seconds": seconds, "typical_step_seconds": typical, "tokens_per_second": row["input_ids"].numel() / typical}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -213,11 +232,11 @@ def run(arguments: argparse.Namespace) -> None:
     adapted = with_adapter(model)
     for tokens in arguments.tokens:
         try:
-            figures = train(adapted, tokens, arguments.steps)
+            figures = train(adapted, one_row(config, tokens, arguments.images), arguments.steps)
         except torch.OutOfMemoryError as error:
             tell(stage="trained", tokens=tokens, error=str(error).partition(". ")[0], **gpu_memory())
             break
-        tell(stage="trained", tokens=tokens, **figures, **gpu_memory())
+        tell(stage="trained", tokens=tokens, images=arguments.images, **figures, **gpu_memory())
 
 
 def extrapolate(arguments: argparse.Namespace) -> None:
@@ -253,6 +272,7 @@ def main() -> None:
     running.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384, 32768])
     running.add_argument("--steps", type=int, default=3)
     running.add_argument("--loss", choices=("chunked", "plain"), default="chunked")
+    running.add_argument("--images", type=int, default=0, help="pictures of 448x448 in the row")
     running.add_argument("--offload", action="store_true", help="layers' inputs wait in host memory")
     running.add_argument("--tiny", action="store_true", help="small dimensions: whether the script works")
     drawing = commands.add_parser("extrapolate")
