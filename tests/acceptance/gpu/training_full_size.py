@@ -1,8 +1,8 @@
-"""QLoRA of GLM-4.5V at its true width on one GPU: memory, seconds a step and tokens a second, with the two plugins that our recipes give ms-swift. See README.md here.
+"""LoRA and QLoRA of GLM-4.5V at its true width on one GPU: memory, seconds a step and tokens a second, with the plugins that our recipes give ms-swift. See README.md here.
 
 `run` loads a model of random weights through transformers with 4-bit linears and experts, from a safetensors checkpoint that it writes first (`--source disk`: the
 streaming itself; 8 layers are 36 GB) or from tensors that are made when transformers reads them (`--source made`: the same conversions, all 46 layers on one GPU),
-and trains a LoRA of the attention for a few steps at each length. `extrapolate` draws a line through the numbers of layers that were run. Answers mean nothing here.
+and trains a LoRA for a few steps at each length. `extrapolate` draws a line through the numbers of layers that were run. Answers mean nothing here.
 
 Needs torch, transformers >= 5.17, peft, safetensors and bitsandbytes; no ms-swift and no network. What ms-swift does around it is done as it does: autocast to bfloat16,
 reentrant gradient checkpointing, one row, AdamW on the adapter in float32.
@@ -33,6 +33,7 @@ from pipeline import swift_chunked_loss, swift_expert_nf4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GIB = 2**30
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ADAPTED = {"attention": ATTENTION, "vision": [*ATTENTION, "attn.qkv", "attn.proj", "merger.proj"], "experts": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}
 TEXT: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 10944, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True,
     "moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "vocab_size": 151552,
@@ -101,8 +102,8 @@ def write_checkpoint(config: Glm4vMoeConfig, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}), "utf-8")
 
 
-def load(config: Glm4vMoeConfig, folder: Path | None) -> Any:
-    """Quantized while it is read, as ms-swift has it loaded for our arguments."""
+def load(config: Glm4vMoeConfig, folder: Path | None, *, quantized: bool) -> Any:
+    """Quantized, if so, while it is read, as ms-swift has it loaded for our arguments."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -111,7 +112,8 @@ def load(config: Glm4vMoeConfig, folder: Path | None) -> Any:
         llm_int8_skip_modules=["mlp.gate", "model.visual", "lm_head"],
     )
     source = {"pretrained_model_name_or_path": folder} if folder else {"pretrained_model_name_or_path": None, "state_dict": checkpoint_of(config)}
-    options = {"config": config, "dtype": torch.bfloat16, "quantization_config": quantization, "device_map": {"": DEVICE}}
+    options = {"config": config, "dtype": torch.bfloat16, "device_map": {"": DEVICE}}
+    options |= {"quantization_config": quantization} if quantized else {}
     return Glm4vMoeForConditionalGeneration.from_pretrained(**source, **options, attn_implementation="sdpa")
 
 
@@ -155,10 +157,17 @@ def experts_of(model: Any) -> dict[str, Any]:
     }
 
 
-def with_adapter(model: Any) -> Any:
-    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=ATTENTION))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+def with_adapter(model: Any, modules: list[str], *, checkpointing: bool) -> Any:
+    model.requires_grad_(False)
+    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=modules))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
+    if "attn.qkv" in modules:  # as ms-swift does: what is checkpointed with reentry learns only from an input that has a gradient
+        model.model.visual.patch_embed.register_forward_hook(lambda module, given, made: made.requires_grad_(True))
     model.config.use_cache = False
     return adapted.train()
 
@@ -202,6 +211,7 @@ def train(model: Any, row: dict[str, Any], steps: int) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> None:
     config = true_config(arguments.layers, tiny=arguments.tiny)
     about: dict[str, Any] = {"layers": arguments.layers, "source": arguments.source, "loss": arguments.loss}
+    about |= {"base": arguments.base, "adapts": arguments.adapt, "checkpointing": not arguments.no_checkpointing}
     if arguments.offload:
         import_module("pipeline.swift_offload_checkpoints")  # it takes its place by itself
         about["offload"] = True
@@ -227,9 +237,9 @@ def run(arguments: argparse.Namespace) -> None:
     gpu_memory()
     started = time.perf_counter()
     with host_memory() as samples:
-        model = load(config, folder)
+        model = load(config, folder, quantized=arguments.base == "nf4")
     tell(stage="loaded", seconds=time.perf_counter() - started, host_peak_gib=max(samples, default=0) / GIB, **gpu_memory(), **experts_of(model))
-    adapted = with_adapter(model)
+    adapted = with_adapter(model, ADAPTED[arguments.adapt], checkpointing=not arguments.no_checkpointing)
     for tokens in arguments.tokens:
         try:
             figures = train(adapted, one_row(config, tokens, arguments.images), arguments.steps)
@@ -272,6 +282,11 @@ def main() -> None:
     running.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384, 32768])
     running.add_argument("--steps", type=int, default=3)
     running.add_argument("--loss", choices=("chunked", "plain"), default="chunked")
+    running.add_argument("--base", choices=("nf4", "bf16"), default="nf4")
+    running.add_argument(
+        "--adapt", choices=tuple(ADAPTED), default="attention", help="beside the attention also the vision tower and merger, or the routed experts"
+    )
+    running.add_argument("--no-checkpointing", action="store_true")
     running.add_argument("--images", type=int, default=0, help="pictures of 448x448 in the row")
     running.add_argument("--offload", action="store_true", help="layers' inputs wait in host memory")
     running.add_argument("--tiny", action="store_true", help="small dimensions: whether the script works")
