@@ -45,10 +45,9 @@ def test_a_qlora_step_of_16384_tokens_runs_out_of_memory_in_the_logits() -> None
     assert memory.total - memory.at_loss < known_gpu("h100-80gb").bytes < memory.total
 
 
-@pytest.mark.parametrize(("experts_in_4_bits", "measured_gib"), [(True, 7.4), (False, 16.6)])
-def test_weights_of_four_layers_with_experts_in_nf4_or_not(experts_in_4_bits: bool, measured_gib: float) -> None:
-    memory = training_memory(glm(4), finetune("nf4", max_length_tokens=2048), experts_in_4_bits=experts_in_4_bits)
-    assert memory.weights / GIB == pytest.approx(measured_gib, rel=0.01)
+def test_weights_of_four_layers_in_nf4() -> None:
+    memory = training_memory(glm(4), finetune("nf4", max_length_tokens=2048))
+    assert memory.weights / GIB == pytest.approx(7.4, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,6 @@ LENGTH_STEP_TOKENS = 256
 LEAST_LENGTH_TOKENS = 1024
 """A shorter row or request is not proposed: a picture of 448x448 alone is 256 tokens."""
 MOST_GPUS = 64
-EXPERTS_IN_4_BITS = True
-"""Whether `quantization: nf4` also reaches the routed experts, when tuneserve trains."""
 HOST = "host memory"
 TINY_CONFIG = Path(__file__).with_name("tinyglm.config.json")
 """What tinyglm.make_config makes, as far as sizes go (tests/test_capacity_contract.py compares): asking it takes transformers, seconds."""
@@ -167,7 +165,7 @@ def plan(recipe: FinetuneRecipe | ServingRecipe, architecture: Architecture, gpu
 def _training_plan(recipe: FinetuneRecipe, architecture: Architecture, gpu: Gpu, available: int | None, assumed: Assumed) -> Plan:
     processes = recipe.training.processes
     there = processes if available is None else available
-    memory = training_memory(architecture, recipe, experts_in_4_bits=EXPERTS_IN_4_BITS, answer_tokens=assumed.answer_tokens, image_tokens=assumed.image_tokens)
+    memory = training_memory(architecture, recipe, answer_tokens=assumed.answer_tokens, image_tokens=assumed.image_tokens)
     items = memory.items
     faults = [] if processes <= there else [f"training.processes: {processes} is one GPU each, and there are {there}"]
     return Plan(architecture.source, gpu, processes, there, items, gpu.bytes, _largest(items), tuple(faults), host=memory.host)

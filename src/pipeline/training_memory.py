@@ -79,14 +79,12 @@ def training_memory(
     architecture: Architecture,
     recipe: FinetuneRecipe,
     *,
-    experts_in_4_bits: bool = True,
     answer_tokens: int | None = None,
     image_tokens: int | None = None,
 ) -> TrainingMemory:
     """The peak of a recipe's training, per GPU; pure.
 
     `answer_tokens` and `image_tokens` are the most that one row has; None: as many as the row may be long. ms-swift computes logits for answers only.
-    `experts_in_4_bits` says whether `quantization: nf4` reaches the routed experts; without, only linear modules are quantized.
     """
     training, lora, decoder = recipe.training, recipe.lora, architecture.decoder
     number = 4 if training.precision == "float32" else 2
@@ -99,7 +97,7 @@ def training_memory(
     adapts_experts = not set(lora.target_modules) <= set(ATTENTION)
     layers = _adapted_layers(recipe, decoder)
 
-    held = weight_bytes(architecture, number, quantized, experts_in_4_bits)
+    held = weight_bytes(architecture, number, quantized)
     weights = 0 if training.deepspeed == "zero3_offload" else held // training.processes if zero3 else held
     adapter, host = _adapter_bytes(adapter_parameters(architecture, recipe), recipe, number)
     host += held if training.deepspeed == "zero3_offload" else 0
@@ -108,9 +106,9 @@ def training_memory(
     at_loss = LOGITS_COPIES * 4 * decoder.vocabulary * (min(answers, CHUNK_TOKENS) if chunked else answers)
     at_loss += decoder.vocabulary * decoder.hidden * number if zero3 else 0  # lm_head, gathered
     whole = _layer_weights(decoder) * number if zero3 else 0
-    dequantized = (_layer_weights(decoder) if experts_in_4_bits else _layer_weights(decoder) - decoder.experts_of_a_layer) * number if quantized else 0
+    dequantized = _layer_weights(decoder) * number if quantized else 0
     experts = decoder.experts_of_a_layer * number
-    made = (experts if adapts_experts else 0) + (experts if quantized and experts_in_4_bits else 0)  # peft adds B A to the weights; both stay for backward
+    made = (experts if adapts_experts else 0) + (experts if quantized else 0)  # peft adds B A to the weights; both stay for backward
     at_layer = max(whole, dequantized) + (experts * 4 // 3 if adapts_experts else 0)  # and the gradient of down_proj's sum, a third
     if training.gradient_checkpointing:
         kept = tokens * decoder.layers * decoder.hidden * number
@@ -128,11 +126,11 @@ def training_memory(
     return TrainingMemory(weights, adapter, kept, at_loss, at_layer, context, host)
 
 
-def weight_bytes(architecture: Architecture, number: int, quantized: bool, experts_in_4_bits: bool) -> int:
-    """Of the whole base with `number` bytes a parameter; nf4 is for the language model's linear modules, and its experts if so, but not for lm_head and the vision tower."""
+def weight_bytes(architecture: Architecture, number: int, quantized: bool) -> int:
+    """Of the whole base with `number` bytes a parameter; nf4 is for the language model's linear modules and experts, not for lm_head and the vision tower."""
     parameters, decoder = architecture.parameters, architecture.decoder
     linear = decoder.layers * decoder.attention_weights + parameters.dense_mlp + parameters.shared_experts
-    small = (linear + (parameters.routed_experts if experts_in_4_bits else 0)) if quantized else 0
+    small = linear + parameters.routed_experts if quantized else 0
     return int((parameters.total - small) * number + small * NF4_BYTES)
 
 
