@@ -134,7 +134,7 @@ class Training(Section):
     gradient_checkpointing: bool = True
     """Less memory for about a third more time."""
     offload_checkpoints: bool = False
-    """Keeps what gradient checkpointing holds, each layer's input, in host memory: rows about twice as long fit (GLM-4.5V in nf4 on 80 GB: 32,768 tokens) for 1 to 6 % more
+    """Keeps what gradient checkpointing holds, each layer's input, in host memory: rows about twice as long fit (GLM-4.5V in nf4 on 80 GB: 32,768 tokens) for 2 to 6 % more
     time. Needs device cuda and one process."""
     packing: bool = False
     """Fills each row of a batch up to max_length_tokens with several short ones: no padding. Needs device cuda and flash attention."""
