@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from pipeline import cli_serving
+from pipeline import cli_serving, cli_status
 from pipeline.adapter import read_adapter
 from pipeline.errors import InvalidInput
 from pipeline.registry import Registry, Version
@@ -95,7 +95,7 @@ def test_status_shows_the_registry_against_each_replica_and_changes_nothing(home
 
 
 def test_status_fails_if_a_replica_lags_and_forgives_one_that_catches_up(home: Path, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_serving, "LAG_SECONDS", 0.05)
+    monkeypatch.setattr(cli_status, "LAG_SECONDS", 0.05)
     mlflow = serve(SmallMlflow("2"))
     lagging = serve(FakeReplica(shop("1", error="rank 64 > 16", code="rank-too-large")))
     done = tuneserve(home, "status", "--replica", lagging, "--json", mlflow=mlflow)
@@ -164,7 +164,7 @@ def test_status_outside_a_project_makes_nothing(tmp_path: Path) -> None:
 
 
 def test_what_needs_no_flow_imports_no_prefect() -> None:
-    code = "import sys, pipeline.promotion, pipeline.fleet_status, pipeline.cli_serving\nprint([name for name in ('prefect', 'torch', 'vllm') if name in sys.modules])"
+    code = "import sys, pipeline.promotion, pipeline.fleet_status, pipeline.cli_status\nprint([name for name in ('prefect', 'torch', 'vllm') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

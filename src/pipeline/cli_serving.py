@@ -1,39 +1,28 @@
-"""The commands that change and show what is served: promote, canary, rollback, disable, enable, status. cli.py holds the others, and what they promise."""
+"""The commands that change what is served: promote, canary, rollback, disable, enable. cli_status.py shows it; cli.py holds the others, and what they promise."""
 
-import asyncio
 import contextlib
 import itertools
 import json
-import os
 import re
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.command import begin_journal, flow_servers, json_option, opened_project
-from pipeline.errors import Fault, InvalidInput, RegistryError, ServingError
+from pipeline.command import flow_servers, json_option, opened_project
+from pipeline.errors import Fault, InvalidInput, ServingError
 
 if TYPE_CHECKING:
     from pipeline.assessment import Assessment
     from pipeline.convergence import Reach
     from pipeline.fleet import Fleet
-    from pipeline.fleet_status import FleetStatus, ReplicaReport
     from pipeline.lock import Lock
-    from pipeline.project import Project
     from pipeline.promotion import Promotion
     from pipeline.recipe import ServingRecipe
     from pipeline.registry import Registry
-    from pipeline.serving.wanted import Wanted
     from pipeline.watch import Watched
 
-LAG_SECONDS = 1.5
-"""A replica that is behind is looked at once more after this: it polls once a second, and so it may be for a moment after every change."""
-QUESTIONS = 8
-"""To MLflow at a time."""
 SHOWN = "it is so on"
 
 
@@ -126,7 +115,7 @@ def promote(
         from flows.promote import promote as flow
         from pipeline.fleet import addresses_of
 
-        addresses, fails = addresses_of(project, recipe, urls), _unreachable_fails(recipe)
+        addresses, fails = addresses_of(project, recipe, urls), must_reach_all(recipe)
         rows = str(finetune_path) if finetune_path else None
         done = flow(
             name,
@@ -167,7 +156,7 @@ def rollback(name: str, to: str | None, wait: bool, recipe_path: Path | None, re
         from flows.promote import rollback as flow
         from pipeline.fleet import addresses_of
 
-        done = flow(name, version, addresses_of(project, recipe, urls), unreachable_fails=_unreachable_fails(recipe), wait=wait)
+        done = flow(name, version, addresses_of(project, recipe, urls), unreachable_fails=must_reach_all(recipe), wait=wait)
     _show_promotion(done, mlflow_uri, wait, as_json)
 
 
@@ -242,36 +231,7 @@ def enable(adapter: str, recipe_path: Path | None, replica_urls: tuple[str, ...]
     _change(name, recipe_path, replica_urls, change)
 
 
-@click.command(short_help="The registry against each replica.")
-@click.argument("names", nargs=-1, metavar="[NAME]...")
-@fleet_options
-@json_option
-def status(names: tuple[str, ...], recipe_path: Path | None, replica_urls: tuple[str, ...], as_json: bool) -> None:
-    """Show what the registry wants and what each replica serves: wanted, live, verified, canary, switched off, refused, and the seconds since it read MLflow.
-
-    Exits 1 if a ready replica lags or fails, none is ready though one should be, or the registry cannot be read. Changes nothing and starts nothing.
-    """
-    from pipeline.project import find_project
-
-    for name in names:
-        adapter_of(name, versioned=False)
-    recipe, urls = chosen_replicas(recipe_path, replica_urls)
-    project = find_project()
-    project.use_environment()
-    if project.state.is_dir():
-        begin_journal(project)
-    found = _observe(project, names, recipe, urls)
-    if found.lags:
-        time.sleep(LAG_SECONDS)
-        found = _observe(project, names, recipe, urls)
-    if as_json:
-        click.echo(json.dumps(found.as_dict()))
-    else:
-        _print_status(found)
-    sys.exit(0 if found.ok else 1)
-
-
-COMMANDS = (promote, canary, rollback, disable, enable, status)
+COMMANDS = (promote, canary, rollback, disable, enable)
 
 
 def adapter_of(text: str, *, versioned: bool = True) -> tuple[str, str | None]:
@@ -338,7 +298,8 @@ def _checked(urls: Sequence[str]) -> list[str]:
     return checked
 
 
-def _unreachable_fails(recipe: "ServingRecipe | None") -> bool:
+def must_reach_all(recipe: "ServingRecipe | None") -> bool:
+    """Whether a replica that cannot be reached fails a change."""
     return recipe is not None and recipe.unreachable_replicas == "fail"
 
 
@@ -355,7 +316,7 @@ def _change(name: str, recipe_path: Path | None, urls: Sequence[str], change: "C
         from pipeline.lock import model_lock
         from pipeline.registry import Registry
 
-        fleet = stack.enter_context(open_fleet(project, addresses_of(project, recipe, checked), unreachable_fails=_unreachable_fails(recipe)))
+        fleet = stack.enter_context(open_fleet(project, addresses_of(project, recipe, checked), unreachable_fails=must_reach_all(recipe)))
         change(Registry(uri), fleet, model_lock(project, "promote", name))
 
 
@@ -390,112 +351,3 @@ def _reach_lines(reach: "Reach", what: str = "live on") -> list[str]:
     if reach.replicas:
         return [f"{what} {', '.join(reach.replicas)} after {reach.seconds:.1f} s", *away]
     return away or ["no replica is running; each reads the registry when it starts: tuneserve serve RECIPE"]
-
-
-def _observe(project: "Project", names: Sequence[str], recipe: "ServingRecipe | None", urls: Sequence[str]) -> "FleetStatus":
-    from pipeline.fleet import addresses_of, open_fleet
-    from pipeline.fleet_status import compare
-
-    with open_fleet(project, addresses_of(project, recipe, urls)) as fleet:
-        looks = fleet.looks()
-        listed = fleet.listed
-    asked: Sequence[str] = names or (recipe.follow if recipe else ())
-    followed = set() if names else {name for seen in looks if seen.status for name in seen.status.models}
-    follow_tag = recipe.follow_tag if recipe and not names else None
-    tagged: list[str] = []
-    registry: dict[str, Wanted | str] = {}
-    error = None
-    try:
-        tagged, registry = asyncio.run(_read_registry(_mlflow(project), {*asked, *followed}, follow_tag))
-    except RegistryError as failure:
-        error = str(failure)
-    required = {*asked, *tagged} if recipe or (listed and names) else set()
-    shown = sorted({*asked, *tagged, *followed})
-    return compare(shown, registry, error, looks, required=required, expected=recipe is not None, unreachable_fails=_unreachable_fails(recipe))
-
-
-def _mlflow(project: "Project") -> str:
-    """Where MLflow is, if it runs."""
-    from pipeline import services
-
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri
-    if running := services.find_service(project, services.MLFLOW):
-        return running.url
-    raise RegistryError("the embedded MLflow does not run, so nobody can follow it; start it: tuneserve up, or set MLFLOW_TRACKING_URI to yours")
-
-
-async def _read_registry(uri: str, names: set[str], follow_tag: str | None) -> "tuple[list[str], dict[str, Wanted | str]]":
-    """The models with that tag, and what is wanted of them and of `names`, or why that cannot be read: all as replicas read it.
-
-    Raises RegistryError if MLflow tells nothing at all.
-    """
-    from pipeline.serving.registry_reader import RegistryReader
-
-    reader, turns = RegistryReader(uri), asyncio.Semaphore(QUESTIONS)
-
-    async def read(name: str) -> "Wanted | str":
-        async with turns:
-            try:
-                return await reader.read(name)
-            except RegistryError as error:
-                return str(error)
-
-    try:
-        key, _, value = (follow_tag or "").partition("=")
-        tagged = await reader.tagged(key, value) if follow_tag else []
-        ordered = sorted({*names, *tagged})
-        found = await asyncio.gather(*map(read, ordered))
-    finally:
-        await reader.aclose()
-    if found and all(isinstance(each, str) for each in found):
-        raise RegistryError(str(found[0]))
-    return tagged, dict(zip(ordered, found, strict=True))
-
-
-def _print_status(found: "FleetStatus") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
-    models = Table("model", "champion", "candidate", "switched off", title="registry", title_justify="left")
-    for name, entry in found.as_dict()["registry"].items():
-        champion, candidate, off = entry["champion"], entry["candidate"], entry["disabled"]
-        shares = f"{candidate['version']} at {candidate['percent']:g} %" if candidate else "-"
-        switched = [*(["the name"] if off and off["model"] else []), *((off or {}).get("versions", ()))]
-        models.add_row(name, f"{champion['version']}  {(champion['digest'] or 'no digest')[:8]}" if champion else "-", shares, ", ".join(switched) or "-")
-    if found.names:
-        console.print(models)
-    replicas = Table("replica", "state", "model", "live", "verified", "candidate", "off", "lag", "slots", "cache", title="replicas", title_justify="left")
-    for replica in found.replicas:
-        for row in _rows(replica):
-            replicas.add_row(*row)
-    if found.replicas:
-        console.print(replicas)
-    for problem in found.problems:
-        console.print(f"{'problem' if problem.fails else 'note'}: {problem.text}", soft_wrap=True)
-    if found.ok:
-        console.print("every ready replica is as the registry says" if any(replica.look.state == "ready" for replica in found.replicas) else "nothing is wrong")
-
-
-def _rows(replica: "ReplicaReport") -> list[list[str]]:
-    """The table's rows for one replica: a row for each model; what is the replica's own stands in the first."""
-    status = replica.look.status
-    age = status.last_sync_age_seconds if status else None
-    slots = status.slots if status else None
-    places = (
-        f"{slots.resident if slots.resident is not None else '?'}/{slots.max_cpu_loras or '?'}" + (f", {slots.waits} waits" if slots.waits else "")
-        if slots
-        else "-"
-    )
-    cache = f"{status.cache.bytes / 2**20:.0f} MiB" if status else "-"
-    own = [f"{age:.1f} s" if age is not None else "-", places, cache]
-    rows = []
-    for name, report in replica.models.items():
-        live, candidate, off = report.served.live, report.served.live_candidate, report.served.off
-        switched = [*(["the name"] if off.model else []), *sorted(off.versions)]
-        shown = (live.version if live else "none") + (" LAGS" if report.lagging else "")
-        shares = f"{candidate.version} at {candidate.percent or 0:g} %" if candidate else "-"
-        rows.append([name, shown, "yes" if report.verified else "no", shares, ", ".join(switched) or "-"])
-    rows = rows or [["-"] * 5]
-    return [[replica.look.url, replica.look.state, *row, *own] if index == 0 else ["", "", *row, "", "", ""] for index, row in enumerate(rows)]
