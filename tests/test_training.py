@@ -68,7 +68,8 @@ def test_batches_and_deepspeed_on_gpus() -> None:
     recipe = variant(training={"device": "cuda", "processes": 4, "micro_batch_size": 2, "global_batch_size": 32, "deepspeed": "zero3"})
     args = swift_args(recipe, *PATHS)
     assert (args["per_device_train_batch_size"], args["gradient_accumulation_steps"], args["deepspeed"]) == (2, 4, "zero3")
-    assert "use_cpu" not in args and plugins_of(recipe) == ["swift_chunked_loss.py"]
+    assert "use_cpu" not in args and plugins_of(recipe) == ["swift_chunked_loss.py", "swift_zero3_loading.py"]
+    assert swift_environment(recipe, LOGS)["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     environment = swift_environment(recipe, LOGS)
     assert (environment["NPROC_PER_NODE"], environment["PET_LOG_DIR"], environment["PET_STANDALONE"]) == ("4", "/logs", "1")
 
@@ -76,7 +77,7 @@ def test_batches_and_deepspeed_on_gpus() -> None:
 def test_deepspeed_on_the_cpu_brings_the_plugin_that_spares_the_compiler() -> None:
     recipe = variant(training={"deepspeed": "zero2"})
     assert swift_environment(recipe, LOGS)["NPROC_PER_NODE"] == "1", "without a launcher DeepSpeed looks for MPI"
-    assert "swift_cpu_deepspeed.py" in plugins_of(variant(training={"processes": 2, "micro_batch_size": 8, "deepspeed": "zero2"}))
+    assert plugins_of(variant(training={"processes": 2, "micro_batch_size": 8, "deepspeed": "zero2"})) == ["swift_chunked_loss.py", "swift_cpu_deepspeed.py"]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,8 @@ def test_deepspeed_on_the_cpu_brings_the_plugin_that_spares_the_compiler() -> No
             {"split_dataset_ratio": 0.1, "eval_strategy": "steps", "eval_steps": 20, "save_steps": 20, "callbacks": ["early_stop"], "early_stop_interval": 2},
         ),
         ({"training": {"device": "cuda", "packing": True, "attention": "flash_attention_2"}}, {"packing": True, "attn_impl": "flash_attention_2"}),
+        ({"training": {"device": "cuda"}}, {"dataloader_num_workers": 2}),
+        ({"training": {"device": "cpu"}}, {"dataloader_num_workers": 0}),
         ({"lora": {"rslora": True}}, {"use_rslora": True}),
         (
             {"lora": {"layers": (2, 3), "target_modules": ("q_proj", "o_proj")}},

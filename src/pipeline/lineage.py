@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline import basemodel, training
 from pipeline.basemodel import BaseModel
 from pipeline.dataset import Dataset
+from pipeline.gpus import gpus_here
 from pipeline.recipe import FinetuneRecipe
 
 PACKAGES = (
@@ -82,7 +83,5 @@ def hardware(device: str) -> dict[str, str]:
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     found = {"hardware.cpu": f"{os.cpu_count()} x {platform.processor() or platform.machine()}", "hardware.memory_gib": f"{memory_gib:.0f}"}
     if device == "cuda":
-        import torch
-
-        found["hardware.gpu"] = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())) or "none"
+        found["hardware.gpu"] = ", ".join(gpu.name for gpu in gpus_here()[0]) or "none"
     return found

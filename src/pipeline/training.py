@@ -29,8 +29,9 @@ SwiftArgs = dict[str, str | int | float | bool | list[str]]
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 """Called with the optimizer step and what ms-swift logged there."""
 MODEL_TYPE, TEMPLATE = "glm4v_moe", "glm4_5v"
-CPU_DEEPSPEED_PLUGIN, EARLY_STOP_PLUGIN, CHUNKED_LOSS_PLUGIN, EXPERT_NF4_PLUGIN, OFFLOAD_CHECKPOINTS_PLUGIN = (
-    Path(__file__).with_name(f"swift_{name}.py") for name in ("cpu_deepspeed", "early_stop", "chunked_loss", "expert_nf4", "offload_checkpoints")
+CPU_DEEPSPEED_PLUGIN, EARLY_STOP_PLUGIN, CHUNKED_LOSS_PLUGIN, EXPERT_NF4_PLUGIN, OFFLOAD_CHECKPOINTS_PLUGIN, ZERO3_LOADING_PLUGIN = (
+    Path(__file__).with_name(f"swift_{name}.py")
+    for name in ("cpu_deepspeed", "early_stop", "chunked_loss", "expert_nf4", "offload_checkpoints", "zero3_loading")
 )
 DECIDING_PLUGINS = frozenset({EXPERT_NF4_PLUGIN.name})
 """Those that change what comes out, beyond what the arguments say: before there was this one, nf4 left the experts as they were."""
@@ -40,12 +41,15 @@ DECIDING_PACKAGES = (
 """Whose versions decide what every training makes: the model, its pictures, the order of its rows."""
 LAUNCHER_VARIABLES = frozenset({"NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"})
 """What would make ms-swift start other processes, or wait for them, than the recipe says."""
+ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
 ARGS_FILE, LEASE = "swift_args.json", "training.lease"
 """In a training's folder."""
 REFERENCE_SECONDS = 1800.0
 """What a parity reference may take: a base that does not fit the GPUs is read from host memory for every prompt."""
 CADENCE = ("logging_steps", "save_steps", "eval_steps")
 LOGGING_STEPS = 5
+PICTURE_WORKERS = 2
+"""Processes that make the next rows' pixels while a GPU trains; on a CPU they would take the cores that train."""
 POLL_SECONDS = 0.5
 KEPT_CHECKPOINTS = 2
 """While the newest is written, the one before it is still whole."""
@@ -109,7 +113,7 @@ def swift_args(recipe: FinetuneRecipe, base: Path, train_file: Path, output: Pat
         "logging_steps": math.gcd(LOGGING_STEPS, training.checkpoint_steps),  # a logged loss is a mean since the last: resumed trainings log the same
         "logging_first_step": True,
         "dataset_num_proc": 1,
-        "dataloader_num_workers": 0,
+        "dataloader_num_workers": 0 if training.device == "cpu" else PICTURE_WORKERS,
         "report_to": ["none"],
     }
     args |= {"max_steps": training.max_steps} if training.max_steps else {"num_train_epochs": training.epochs or 1.0}
@@ -135,6 +139,7 @@ def swift_args(recipe: FinetuneRecipe, base: Path, train_file: Path, output: Pat
     if training.deepspeed:
         args["deepspeed"] = training.deepspeed
         plugins += [str(CPU_DEEPSPEED_PLUGIN)] if training.device == "cpu" else []
+        plugins += [str(ZERO3_LOADING_PLUGIN)] if training.deepspeed.startswith("zero3") and training.processes > 1 else []
     if plugins:
         args["external_plugins"] = plugins
     return args
@@ -163,8 +168,10 @@ def _method_args(recipe: FinetuneRecipe) -> SwiftArgs:
 
 
 def swift_environment(recipe: FinetuneRecipe, rank_logs: Path) -> dict[str, str]:
-    """What ms-swift, torchrun and DeepSpeed read from the environment for a recipe; pure. Each process's output goes to a file below `rank_logs`."""
+    """What ms-swift, torch, torchrun and DeepSpeed read from the environment for a recipe; pure. Each process's output goes to a file below `rank_logs`."""
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if recipe.training.device == "cuda":
+        environment[ALLOCATOR_VARIABLE] = "expandable_segments:True"  # else long rows leave gigabytes that are reserved and fit nothing
     if recipe.training.device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -287,7 +294,8 @@ def make_reference(recipe: FinetuneRecipe, base: BaseModel, adapter: Adapter, da
 
 
 def _environment(project: Project, own: Mapping[str, str]) -> dict[str, str]:
-    """A child's, without what would make it wait for other processes than the recipe says."""
+    """A child's, without what would make it wait for other processes than the recipe says; how the user has memory allocated stays."""
+    own = {name: value for name, value in own.items() if name != ALLOCATOR_VARIABLE or name not in os.environ}
     return {name: value for name, value in project.child_environment(own).items() if name in own or name not in LAUNCHER_VARIABLES}
 
 

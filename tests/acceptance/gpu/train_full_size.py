@@ -23,6 +23,8 @@ from PIL import Image
 
 from pipeline.project import Project
 from pipeline.prompt import Task, read_counter
+from pipeline.recipe import FinetuneRecipe, load_recipe
+from pipeline.training import swift_environment
 from tests.acceptance.gpu.full_size_base import WORDS, know_digests, write
 
 HERE = Path(__file__).parent
@@ -65,12 +67,21 @@ def write_rows(project: Path, base: Path, tokens: int, images: int, rows: int) -
 def recipe_of(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
     data = f"data/{tokens}-{arguments.images}"
     training = {"max_steps": arguments.steps + UNTIMED_STEPS, "global_batch_size": arguments.processes, "max_length_tokens": tokens}
-    training |= {"checkpoint_steps": arguments.steps + UNTIMED_STEPS, "processes": arguments.processes, "device": "cpu" if arguments.narrow else "cuda"}
+    training |= {
+        "checkpoint_steps": next_logging_each(arguments.steps + UNTIMED_STEPS),
+        "processes": arguments.processes,
+        "device": "cpu" if arguments.narrow else "cuda",
+    }
     training |= {"deepspeed": arguments.deepspeed} if arguments.deepspeed else {}
     training |= {"offload_checkpoints": True} if arguments.offload else {}
     recipe = {"name": f"tokens-{tokens}", "base_model": f"models/layers-{arguments.layers}", "training": training}
     recipe |= {"quantization": "nf4"} if arguments.base == "nf4" else {}
     return recipe | {"dataset": {"train": f"{data}/train.jsonl", "eval": f"{data}/eval.jsonl"}, "lora": {"rank": 16, "alpha": 32}}
+
+
+def next_logging_each(steps: int) -> int:
+    """The least number of steps between checkpoints, `steps` or more, with which training.py has every step logged."""
+    return steps if steps % 5 else steps + 1
 
 
 def step_seconds(log: Path) -> list[float]:
@@ -109,7 +120,7 @@ def train(recipe: Path, arguments: argparse.Namespace, peaks: Path, *, command: 
     new = [path for path in runs.glob("**/logging.jsonl") if path not in known]
     steps = step_seconds(new[0]) if new else []
     found: dict[str, Any] = {"seconds": time.monotonic() - began, "exit_code": code, "step_seconds": [round(step, 3) for step in steps]}
-    found["peaks"] = [json.loads(path.read_text("utf-8")) for path in peaks.glob("*.json")]
+    found["peaks"] = [peak for path in peaks.glob("*.json") if (peak := json.loads(path.read_text("utf-8")))["peak_gib"]]
     if len(steps) <= UNTIMED_STEPS:
         logs = [log, *sorted((arguments.folder / ".tuneserve" / "logs").glob("training-*.log"), key=lambda path: path.stat().st_mtime)[-1:]]
         return found | {"failed": [path.read_text("utf-8", "replace")[-3000:] for path in logs]}
@@ -161,10 +172,8 @@ def main() -> None:
             bare = folder / "bare" / f"{tokens}.json"
             bare.parent.mkdir(exist_ok=True)
             bare.write_text(json.dumps(json.loads(args.read_text("utf-8")) | {"output_dir": str(bare.with_suffix(""))}), "utf-8")
-            if arguments.processes > 1:
-                os.environ["NPROC_PER_NODE"] = str(arguments.processes)
+            os.environ.update(swift_environment(load_recipe(recipe, FinetuneRecipe), folder / "ranks"))
             found = train(bare, arguments, folder / "peaks" / f"bare-{tokens}", command=[sys.executable, "-m", "swift.cli.main", "sft"], runs=bare.parent)
-            os.environ.pop("NPROC_PER_NODE", None)
             tell(arguments.out, about | {"stage": "bare swift sft"} | with_rate(found, tokens * arguments.processes))
 
 

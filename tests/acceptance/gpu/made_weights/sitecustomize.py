@@ -64,7 +64,7 @@ class MadeFile:
         return MadeSlice(name, self.described.get_slice(name))
 
     def get_tensor(self, name: str) -> Any:
-        return self.get_slice(name)[...]
+        return self.get_slice(name)[...].cpu()  # who asks for whole tensors holds them all
 
 
 def opened(filename: Any, *arguments: Any, **options: Any) -> Any:
@@ -76,7 +76,7 @@ def leave_peak() -> None:
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         peaks = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
-        (Path(os.environ["TUNESERVE_PEAK"]) / f"{os.getpid()}.json").write_text(json.dumps({"argv": sys.argv, **peaks}), "utf-8")
+        (Path(os.environ["TUNESERVE_PEAK"]) / f"{os.getpid()}.json").write_text(json.dumps({"command": sys.argv[0], **peaks}), "utf-8")
 
 
 if __name__ == "sitecustomize":
