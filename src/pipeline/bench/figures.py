@@ -108,6 +108,7 @@ class Ratio:
     """`arm`'s metric divided by that of the arm `against`; between `low` and `high` with CONFIDENCE, both None where there is too little to tell.
 
     Rounds are drawn with replacement, the same ones for both arms, and within them requests (Efron and Tibshirani 1993, chapter 8); a throughput is a whole round's.
+    Of few rounds such an interval is too narrow: its standard error is too small by about sqrt((n - 1) / n), and no more than n^n draws differ.
     """
 
     arm: str
@@ -158,7 +159,7 @@ def _known(value: float) -> float | None:
 
 
 def _latencies(requests: Sequence[Request]) -> "Floats":
-    """A row a request: to the first token, per token, to the last token, in ms."""
+    """(requests, 3): ms to the first token, per token, to the last token."""
     import numpy as np
 
     rows = [(request.first_token_ms, request.per_token_ms, request.last_token_ms) for request in requests]
@@ -166,13 +167,18 @@ def _latencies(requests: Sequence[Request]) -> "Floats":
 
 
 def _percentiles(rows: "Floats") -> "Floats":
-    """Those of LATENCIES, in that order. Requests of one token have no time per token and are left out of it."""
+    """(..., requests, 3) -> (..., 6): those of LATENCIES, in that order. NaN stands for no value: a request of one token has no time per token; linear between values, as numpy's."""
     import numpy as np
 
-    per_token = rows[:, 1][~np.isnan(rows[:, 1])]
-    first, whole = (np.percentile(rows[:, column], (50, 95)) for column in (0, 2))
-    between = np.percentile(per_token, (50, 95)) if len(per_token) else np.full(2, np.nan)
-    return np.concatenate((first, between, whole))
+    ordered = np.sort(rows, axis=-2)  # NaN last
+    counts = np.count_nonzero(~np.isnan(rows), axis=-2)[..., None, :]
+    found = []
+    for share in (0.50, 0.95):
+        place = np.maximum(counts - 1, 0) * share
+        below = np.floor(place).astype(np.int64)
+        low, high = (np.take_along_axis(ordered, at, axis=-2) for at in (below, np.ceil(place).astype(np.int64)))
+        found.append(low + (high - low) * (place - below))
+    return np.stack(found, axis=-1).reshape(*rows.shape[:-2], len(LATENCIES))
 
 
 def ratios(runs: Sequence[Run], against: str) -> list[Ratio]:
@@ -192,25 +198,31 @@ def _ratios(arm: str, against: str, concurrency: int, pairs: Sequence[tuple[Run,
     import numpy as np
 
     dice = np.random.default_rng(SEED)
-    sides = [[(run.tokens, run.seconds, _latencies(run.answered)) for run in side] for side in zip(*pairs, strict=True)]
-
-    def pooled(side: "Sequence[tuple[int, float, Floats]]") -> "Floats":
-        speed = sum(tokens for tokens, _, _ in side) / sum(seconds for _, seconds, _ in side)
-        return np.concatenate(([speed], _percentiles(np.concatenate([rows for _, _, rows in side]))))
-
-    def drawn(side: "Sequence[tuple[int, float, Floats]]", rounds: "NDArray[np.int64]") -> "Floats":
-        return pooled([(tokens, seconds, rows[dice.integers(len(rows), size=len(rows))]) for tokens, seconds, rows in (side[number] for number in rounds)])
-
-    measured = pooled(sides[0]) / pooled(sides[1])
-    resampled = []
-    for _ in range(RESAMPLES):
-        rounds = dice.integers(len(pairs), size=len(pairs))
-        resampled.append(drawn(sides[0], rounds) / drawn(sides[1], rounds))
+    rounds = dice.integers(len(pairs), size=(RESAMPLES, len(pairs)))
+    ours, theirs = zip(*pairs, strict=True)
+    measured = _figures(ours).values, _figures(theirs).values
+    drawn = _drawn(ours, rounds, dice) / _drawn(theirs, rounds, dice)
     tail = (1 - CONFIDENCE) / 2 * 100
-    lows, highs = np.percentile(np.array(resampled), (tail, 100 - tail), axis=0)
-    ratios_found = []
-    for metric, ratio, low, high in zip(METRICS, measured, lows, highs, strict=True):
-        if math.isfinite(ratio):
-            sure = len(pairs) > 1 or (metric != THROUGHPUT and min(len(side[0][2]) for side in sides) > 1)
-            ratios_found.append(Ratio(arm, against, concurrency, metric, float(ratio), float(low) if sure else None, float(high) if sure else None))
-    return ratios_found
+    lows, highs = np.percentile(drawn, (tail, 100 - tail), axis=0)
+    found = []
+    for metric, low, high in zip(METRICS, lows, highs, strict=True):
+        one, other = (values[metric] for values in measured)
+        if one is not None and other:
+            sure = len(pairs) > 1 or (metric != THROUGHPUT and min(len(ours[0].answered), len(theirs[0].answered)) > 1)
+            found.append(Ratio(arm, against, concurrency, metric, one / other, float(low) if sure else None, float(high) if sure else None))
+    return found
+
+
+def _drawn(runs: Sequence[Run], rounds: "NDArray[np.int64]", dice: "np.random.Generator") -> "Floats":
+    """(draws, 7): METRICS of these rounds, (draws, rounds), with the requests of each drawn anew from its own."""
+    import numpy as np
+
+    tokens, seconds = (np.array([getattr(run, name) for run in runs], dtype=np.float64)[rounds].sum(axis=1) for name in ("tokens", "seconds"))
+    counts = np.array([len(run.answered) for run in runs])
+    rows = np.full((len(runs), counts.max(), 3), np.nan)
+    for place, run in enumerate(runs):
+        rows[place, : counts[place]] = _latencies(run.answered)
+    picked = (dice.random((*rounds.shape, counts.max())) * counts[rounds][..., None]).astype(np.int64)
+    latencies = rows[rounds[..., None], picked]
+    latencies[np.arange(counts.max()) >= counts[rounds][..., None]] = np.nan  # a round with fewer requests stays one with fewer
+    return np.concatenate(((tokens / seconds)[:, None], _percentiles(latencies.reshape(len(rounds), -1, 3))), axis=1)

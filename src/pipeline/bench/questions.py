@@ -83,7 +83,7 @@ def _sheet(number: int, seed: int) -> str:
 
 
 def picture(number: int, which: int, seed: int) -> bytes:
-    """A JPEG of SIDE x SIDE pixels: soft colours, noise and a dozen rectangles, about 60 kB, as a photo of a product has."""
+    """A JPEG of SIDE x SIDE pixels: soft colours, noise and a dozen rectangles, about 20 kB."""
     import numpy as np
     from PIL import Image, ImageDraw
 

@@ -30,13 +30,16 @@ def write_results(folder: Path) -> tuple[dict[str, Any], str]:
     said, table = _serve(header, lines) if header["kind"] == "serve" else _swap(header, lines)
     if not plot.draw(folder, said):
         said["notes"].append("no plot: matplotlib is not installed here; where it is, `tuneserve bench report FOLDER` makes it")
-    (folder / RESULT).write_text(json.dumps(said | {"runs" if header["kind"] == "serve" else "requests": _raw(header, lines)}) + "\n", "utf-8")
+    (folder / RESULT).write_text(json.dumps(said | _raw(header, lines)) + "\n", "utf-8")
     (folder / TABLE).write_text(table, "utf-8")
     return said, table
 
 
-def _raw(header: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[Any]:
-    return list(lines) if header["kind"] == "serve" else [line["requests"] for line in lines if "requests" in line]
+def _raw(header: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Every request, as columns: of each run, or of the streams."""
+    if header["kind"] == "serve":
+        return {"runs": list(lines)}
+    return {"requests": next((line["requests"] for line in lines if "requests" in line), None)}
 
 
 def _serve(header: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
