@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bench import plot
+from pipeline.bench import plot, results
 from pipeline.bench.figures import METRICS
 from pipeline.history import history
 from pipeline.registry import Registry, Version
@@ -283,8 +283,16 @@ def test_wrong_versions_are_refused_before_anything_moves(args: list[str], code:
     assert shop[0].server.bodies == [] and not (home / "out").exists()
 
 
-def test_an_interrupted_swap_puts_the_alias_back_and_writes_what_there_is(home: Path, shop: tuple[Shop, str, str]) -> None:
-    moves = 0
+def test_an_interrupted_swap_first_puts_the_alias_back_and_writes_what_there_is(
+    home: Path, shop: tuple[Shop, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves, champions, write_results = 0, [], results.write_results
+
+    def write(folder: Path) -> Any:
+        champions.append(shop[0].registry.champion_number("shop"))
+        return write_results(folder)
+
+    monkeypatch.setattr(results, "write_results", write)
 
     def interrupt() -> None:
         nonlocal moves
@@ -297,7 +305,7 @@ def test_an_interrupted_swap_puts_the_alias_back_and_writes_what_there_is(home: 
     assert done.returncode == 130, done.stderr
     said = result(home / "out")
     assert not said["complete"] and len(said["moves"]) == 1 and said["traffic"]["requests"] > 0
-    assert shop[0].registry.champion_number("shop") == "1" and history(shop[0].registry, "shop")[0].action == "failed"
+    assert champions == ["1"] and history(shop[0].registry, "shop")[0].action == "failed"
     assert "written to out" in done.stderr
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.bench.record import BenchKind, Record
     from pipeline.fleet import Fleet
     from pipeline.project import Project
+    from pipeline.recipe import ServingRecipe
     from pipeline.registry import Registry, Version
 
 LEAST_REQUESTS = 8
@@ -227,9 +228,10 @@ def swap(
         from pipeline.lock import model_lock
         from pipeline.switch import user_at_host
 
-        grounds = Grounds(user_at_host(), f"tuneserve bench swap: {moves} moves, also to {', '.join(adapters)}; then back", forced=True)
+        grounds = Grounds(user_at_host(), f"tuneserve bench swap: {moves} moves, also to {', '.join(adapters)}; then back")
         lock = model_lock(project, "promote", name)
-        champion, move = stack.enter_context(promotion.swapping(registry, others, fleet, lock, grounds, tell=not poll))
+        moving = stack.enter_context(contextlib.ExitStack())
+        champion, move = moving.enter_context(promotion.swapping(registry, others, fleet, lock, grounds, tell=not poll))
         versions = {version.label: version for version in (*others, champion)}
         plan = Plan(tuple(Target(version.label, f"{version.label}@{version.digest[:8]}") for version in versions.values()), moves, pause_seconds)
         pictures = _seed(seed)
@@ -237,7 +239,7 @@ def swap(
         settings |= {"asked": [name, *asked], "answer_tokens": answer_tokens, "mix": mix, "seed": pictures}
         with _recorded(folder, _header("swap", [server], settings, []), "bench swap", as_json) as (record, report):
             clients = Streams(server.url, (name, *asked), streams, answer_tokens, mix, pictures, headers)
-            with clients:
+            with clients, moving.pop_all():  # the champion is back before streams end and results are made
                 measure(clients, lambda label: move(versions[label]), lambda label: _is_loaded(fleet, versions[label]), plan, record, report)
 
 
@@ -252,7 +254,7 @@ def _versions(adapters: Sequence[str]) -> tuple[str, list[str]]:
     return names.pop(), [number for _, number in found if number]
 
 
-def _registry_and_fleet(project: "Project", stack: contextlib.ExitStack, recipe: Any, urls: Sequence[str]) -> "tuple[Registry, Fleet]":
+def _registry_and_fleet(project: "Project", stack: contextlib.ExitStack, recipe: "ServingRecipe | None", urls: Sequence[str]) -> "tuple[Registry, Fleet]":
     from pipeline import services
     from pipeline.progress import progress
 

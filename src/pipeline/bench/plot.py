@@ -73,6 +73,7 @@ def _draw_swap(panels: "list[Axes]", result: Mapping[str, Any]) -> None:
     panels[1].set_title("longest gap in a stream, ms")
     for panel in panels:
         panel.set_ylim(bottom=0)
+        panel.locator_params(axis="x", integer=True)
         panel.set_xlabel("move")
         if panel.get_legend_handles_labels()[0]:
             panel.legend()
