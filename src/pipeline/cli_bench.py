@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,9 +111,10 @@ def serve(
         urls = dict.fromkeys([*([url] if not given or any(isinstance(arm, str) or arm.url == url for arm in given) else []), *_urls(given)])
         servers = {each: read_server(each, headers) for each in urls}
         arms = choose_arms(given, url, servers)
+        _refuse_long_answers(answer_tokens, servers.values())
         reference = _reference(arms, against)
         load = Load(levels, rounds, answer_tokens, mix, _seed(seed))
-        header = _header("serve", servers.values(), settings_of(arms, load, reference), _notes(arms, given, answer_tokens, servers))
+        header = _header("serve", servers.values(), settings_of(arms, load, reference), [] if given else _missing(arms))
         with _recorded(folder, header, "bench serve", as_json) as (record, report):
             measure(arms, load, headers, record, report)
 
@@ -131,22 +132,17 @@ def _reference(arms: "Sequence[Arm]", against: str | None) -> str:
     return against
 
 
-def _notes(arms: "Sequence[Arm]", given: "Sequence[Arm | str]", answer_tokens: int, servers: "Mapping[str, Server]") -> list[str]:
+def _refuse_long_answers(answer_tokens: int, servers: "Iterable[Server]") -> None:
+    if short := [server for server in servers if server.max_tokens is not None and server.max_tokens <= answer_tokens]:
+        limits = [f"{server.url} takes {server.max_tokens} tokens of prompt and answer together; ask for fewer than {answer_tokens}" for server in short]
+        raise InvalidInput([Fault("--answer-tokens", "", limit) for limit in limits])
+
+
+def _missing(arms: "Sequence[Arm]") -> list[str]:
+    """Which of the arms that are found out from a server it does not have, as a note."""
     names = {arm.name for arm in arms}
-    missing = [] if given else [name for name in ("one", "mixed") if name not in names]
-    notes = [f"{' and '.join(missing)} not measured: the server has {'one adapter' if 'one' in names else 'no adapter'}"] if missing else []
-    for server in servers.values():
-        if server.max_tokens is not None and server.max_tokens <= answer_tokens:
-            raise InvalidInput(
-                [
-                    Fault(
-                        "--answer-tokens",
-                        "",
-                        f"{server.url} takes {server.max_tokens} tokens of prompt and answer together; ask for fewer than {answer_tokens}",
-                    )
-                ]
-            )
-    return notes
+    missing = [name for name in ("one", "mixed") if name not in names]
+    return [f"{' and '.join(missing)} not measured: the server has {'one adapter' if 'one' in names else 'no adapter'}"] if missing else []
 
 
 @bench.command(short_help="How soon a moved alias answers, and what others notice.")
@@ -341,7 +337,7 @@ def _folder(project: "Project", kind: "BenchKind", out: Path | None) -> Path:
     return out if out is not None else new_folder(project.state / "bench", kind)
 
 
-def _header(kind: "BenchKind", servers: "Sequence[Server] | Any", settings: Mapping[str, object], notes: Sequence[str]) -> dict[str, Any]:
+def _header(kind: "BenchKind", servers: "Iterable[Server]", settings: Mapping[str, object], notes: Sequence[str]) -> dict[str, Any]:
     from pipeline.bench.machine import machine
 
     asked = [{"url": server.url, "version": server.version, "models": sorted(server.names)} for server in servers]
