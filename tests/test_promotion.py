@@ -631,3 +631,81 @@ def test_killed_at_any_call_a_rerun_ends_in_one_consistent_state(tmp_path: Path,
         assert all(newer.before == older.after for newer, older in itertools.pairwise(told)), told
         assert world.registry.previous == ({"2": "1"} if rolls_back else {"2": "1", "3": "2"})
     assert kills >= 8
+
+
+def swapping(world: World, *others: str, **options: Any) -> Any:
+    versions = [world.registry.version("shop", number) for number in others or ("2",)]
+    return promotion.swapping(world.registry, versions, world.fleet(), world.lock, Grounds("me", "bench"), 1.0, **options)
+
+
+def test_a_swap_moves_to_and_fro_tells_replicas_and_ends_where_it_began(world: World) -> None:
+    replica = world.add(A)
+    registry = world.registry
+    with swapping(world) as (champion, move):
+        assert champion == registry.version("shop", "1")
+        before = time.perf_counter()
+        set_at, live_seconds = move(registry.version("shop", "2"))
+        assert registry.now == "2" and before <= set_at <= time.perf_counter() and live_seconds is not None
+        assert replica.hints[-1]["version"] == "2"
+        move(champion)
+        move(registry.version("shop", "2"))
+    assert registry.calls == [("champion", number) for number in ("2", "1", "2", "1")] and registry.previous == {}
+    (entry, known) = history(registry, "shop")
+    assert (entry.action, entry.version, entry.before, entry.after, entry.open, entry.grounds.reasons) == ("kept", "1", "1", "1", False, "bench")
+    assert known.action == "moved-outside"  # the champion that was there before a history was kept
+
+
+def test_a_swap_that_tells_nobody_waits_for_nobody(world: World) -> None:
+    replica = world.add(A)
+    with swapping(world, tell=False) as (_, move):
+        assert move(world.registry.version("shop", "2"))[1] is None and replica.hints == []
+    assert world.registry.now == "1"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ServingError])
+def test_an_interrupted_swap_puts_the_champion_back(error: type[BaseException], world: World) -> None:
+    world.add(A)
+    with pytest.raises(error), swapping(world) as (_, move):
+        move(world.registry.version("shop", "2"))
+        raise error
+    assert world.registry.now == "1" and history(world.registry, "shop")[0].action == "failed"
+
+
+def test_a_swap_to_a_version_that_a_replica_refuses_puts_the_champion_back(world: World) -> None:
+    world.add(A, refuses=("2",))
+    with pytest.raises(ServingError, match="does not serve shop/2"), swapping(world) as (_, move):
+        move(world.registry.version("shop", "2"))
+    assert world.registry.now == "1"
+
+
+def test_a_swap_leaves_what_other_hands_moved(world: World) -> None:
+    world.add(A)
+    with pytest.raises(ServingError, match="moved outside tuneserve meanwhile, to shop/3"), swapping(world) as (champion, move):
+        move(world.registry.version("shop", "2"))
+        world.registry.now = "3"
+        move(champion)
+    assert world.registry.now == "3"
+
+
+def test_a_swap_says_if_the_champion_could_not_be_put_back(world: World) -> None:
+    world.add(A)
+    said = r"may not be back at shop/1 \(MLflow is away\); put it there: tuneserve promote shop/1 --force"
+    with pytest.raises(ServingError, match=said), swapping(world) as (_, move):
+        move(world.registry.version("shop", "2"))
+        world.registry.down = True
+
+
+def test_no_swap_without_a_champion_beside_a_canary_or_with_what_is_switched_off(world: World) -> None:
+    world.add(A)
+    registry = world.registry
+    for setting, value, said in (
+        ("now", None, "no champion to go back to"),
+        ("canary", "3", "tuneserve canary shop end"),
+        ("off", {DISABLED_TAG: Disabled("x")}, "switched off"),
+    ):
+        before = getattr(registry, setting)
+        setattr(registry, setting, value)
+        with pytest.raises(ServingError, match=said), swapping(world):
+            raise AssertionError
+        setattr(registry, setting, before)
+    assert registry.calls == []

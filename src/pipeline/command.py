@@ -54,8 +54,14 @@ def using_caches(project: "Project") -> Iterator[None]:
 
 
 def begin_journal(project: "Project") -> None:
-    open_journal(project.logs, command=click.get_current_context().info_name)
+    open_journal(project.logs, command=_name_of(click.get_current_context()))
     logger.info("command started")
+
+
+def _name_of(context: click.Context) -> str | None:
+    """Such as `promote` or `bench serve`."""
+    outer = _name_of(context.parent) if context.parent and context.parent.parent else None
+    return f"{outer} {context.info_name}" if outer else context.info_name
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +89,67 @@ def promote(
                 now, then = (label_of(version.name, number) if number else "none" for number in (before.champion, instead_of))
                 raise ServingError(f"{version.label} was compared with the champion {then}, which is {now} by now; promote it again, to compare it with that")
             return _make_champion(registry, version, before, fleet, wait_seconds, check, record=not rolls_back)
+
+
+@contextlib.contextmanager
+def swapping(
+    registry: Registry, others: Sequence[Version], fleet: Fleet, lock: Lock, grounds: Grounds, wait_seconds: float = WAIT_SECONDS, *, tell: bool = True
+) -> Iterator[tuple[Version, Callable[[Version], tuple[float, float | None]]]]:
+    """The champion of the model of `others`, and a function that points its alias to it or to one of them, for measuring. However the block ends, that champion is champion again, and live.
+
+    The function returns when the alias was set (`time.perf_counter` seconds), and the seconds until every ready replica showed it; unless `tell`, no replica is told nor waited for.
+    The model's lock is held throughout; nothing is written on versions, and the history gets one entry, with `grounds`. Raises ServingError if there is no champion, a canary runs, one of the
+    versions is switched off, a ready replica does not follow, or someone moves the alias meanwhile; then it stays where they moved it.
+    """
+    name = others[0].name
+    with lock.held() as check:
+        before, champion = registry.deployment(name), registry.champion(name)
+        settle(registry, name, before.champion, grounds.by)
+        if champion is None:
+            raise ServingError(f"{name} has no champion to go back to; make one: tuneserve promote {name}/VERSION")
+        if before.candidate is not None:
+            raise ServingError(f"the canary {label_of(name, before.candidate)} runs, and would be asked too; end it first: tuneserve canary {name} end")
+        for version in (champion, *others):
+            refuse_switched_off(before, version)
+        look_first(fleet, name)
+        now = champion.version
+
+        def move(version: Version) -> tuple[float, float | None]:
+            nonlocal now
+            looks = look_first(fleet, name)
+            check()
+            _refuse_moved(name, CHAMPION, now, registry.champion_number(name))
+            registry.move_champion(name, version.version)
+            set_at = time.perf_counter()
+            now = version.version
+            reach = spread(fleet, looks, _answers_with(version), wait_seconds) if tell else Reach()
+            return set_at, reach.seconds if reach.replicas else None
+
+        with recorded(registry, name, "kept", (champion.version, champion.digest), champion.version, grounds):
+            try:
+                yield champion, move
+            finally:
+                _make_champion_again(registry, champion, {version.version for version in others}, fleet, wait_seconds)
+
+
+def _make_champion_again(registry: Registry, champion: Version, moved_to: Collection[str], fleet: Fleet, wait_seconds: float) -> None:
+    """Only if the alias points to one of `moved_to`: else it is there already, or someone else moved it."""
+    try:
+        now = registry.champion_number(champion.name)
+        if now not in moved_to or now == champion.version:
+            return
+        registry.move_champion(champion.name, champion.version)
+    except BaseException as error:
+        raise ServingError(
+            f"the alias may not be back at {champion.label} ({error or type(error).__name__}); put it there: tuneserve promote {champion.label} --force"
+        ) from error
+    logger.info("alias moved back", extra={"model": champion.name, "version": champion.version, "digest": champion.digest, "alias": CHAMPION})
+    with _stays(f"{champion.label} is champion again in the registry"):
+        spread(fleet, None, _answers_with(champion), wait_seconds)
+
+
+def _answers_with(version: Version) -> Change:
+    return Change(version.name, CHAMPION, version.version, version.digest, _serves(version), f"does not serve {version.label}")
 
 
 def decline(registry: Registry, version: Version, lock: Lock, action: Literal["kept", "refused", "failed"], grounds: Grounds) -> None:
@@ -202,7 +263,7 @@ def _make_champion(
 ) -> Promotion:
     name, previous = version.name, before.champion
     fields = {"model": name, "version": version.version, "digest": version.digest}
-    change = Change(name, CHAMPION, version.version, version.digest, _serves(version), f"does not serve {version.label}")
+    change = _answers_with(version)
     looks = look_first(fleet, name) if fleet is not None else []
     if record and previous != version.version:
         registry.record_previous(version, previous)  # before the alias: whoever is killed after it leaves nothing unsaid

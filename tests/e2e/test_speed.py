@@ -1,0 +1,41 @@
+"""`tuneserve bench` against the real server and registry, very short; its figures are of no interest here. Runs after the other tests, since it registers a version."""
+
+import json
+from pathlib import Path
+
+from tests.e2e.conftest import Quickstart
+from tests.e2e.test_promotion import answering, register_variant
+
+FILES = {"rounds.jsonl", "result.json", "result.md", "plot.png", "plot.svg"}
+SHORT = ("--answer-tokens", "8", "--json")
+
+
+def test_bench_serve_measures_the_base_and_the_adapter(quickstart: Quickstart) -> None:
+    load = ("--concurrency", "1,4", "--requests", "4", "--rounds", "2", "--mix", "mixed", "--arm", "base", "--arm", "one")
+    said = quickstart.sandbox.json("bench", "serve", "--url", quickstart.openai, *load, *SHORT, seconds=120)
+    assert said["complete"] and [(each["concurrency"], each["arm"]) for each in said["figures"]] == [
+        (level, arm) for level in (1, 4) for arm in ("base", "one")
+    ]
+    assert all(each["failed"] == 0 and each["answer_tokens"] == 8 and all(each["values"].values()) for each in said["figures"])
+    assert {each["metric"] for each in said["ratios"]} == set(said["figures"][0]["values"]) and all(0.05 < each["ratio"] < 20 for each in said["ratios"])
+    assert said["servers"][0]["version"].startswith("0.")
+    folder = Path(said["folder"])
+    assert folder.parent == quickstart.sandbox.root / ".tuneserve/bench" and {path.name for path in folder.iterdir()} == FILES
+    runs = json.loads((folder / "result.json").read_text("utf-8"))["runs"]
+    kinds = {kind for run in runs for kind in run["requests"]["kind"]}
+    assert len(runs) == 8 and kinds == {"image", "text", "two-images"}
+
+
+def test_bench_swap_moves_the_alias_to_and_fro_and_leaves_it_where_it_was(quickstart: Quickstart, tmp_path: Path) -> None:
+    champion = quickstart.registry.champion("catalog")
+    assert champion
+    other = register_variant(quickstart, tmp_path / "adapter", 0.9)
+    load = ("--moves", "2", "--streams", "2", "--pause", "0.5", "--yes", "--replica", quickstart.replica)
+    said = quickstart.sandbox.json("bench", "swap", other.label, *load, *SHORT, seconds=180)
+    assert said["complete"] and [(move["to"], move["was_loaded"]) for move in said["moves"]] == [(other.label, False), (champion.label, True)]
+    assert all(0 < move["first_token_seconds"] < 60 and move["live_seconds"] is not None for move in said["moves"])
+    assert said["traffic"]["failed"] == 0 and said["traffic"]["requests"] > 2
+    assert quickstart.registry.champion("catalog") == champion
+    assert answering(quickstart, "catalog") == f"{champion.label}@{champion.digest[:8]}"
+    newest = quickstart.sandbox.json("history", "catalog", "--json", seconds=60)["entries"][0]
+    assert (newest["action"], newest["after"]) == ("kept", champion.version) and "tuneserve bench swap" in newest["reasons"]
