@@ -203,8 +203,8 @@ def schedule(
     zone = checked_timing(cron, interval_seconds, timezone)
     training_seconds = seconds_of(timeout) if timeout else TRAINING_SECONDS
     watch_seconds = seconds_of(watch) if watch else None
-    serving, urls = chosen_replicas(recipe_path, replica_urls)
-    asked = evaluation_replica(serving, evaluate_on)
+    _, urls = chosen_replicas(recipe_path, replica_urls)
+    asked = evaluation_replica(None, evaluate_on)  # each run reads the serving recipe anew
     _require_server(project)
     with opened_project() as opened:
         _check(recipe, opened)
