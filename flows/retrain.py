@@ -15,6 +15,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.flow_engine import FlowRunTimeoutError
 from prefect.tasks import Task
 
 from flows import at_work
@@ -224,7 +225,7 @@ def train(
     with locked(project.runs / TRAINING_LOCK, lambda: print("waiting for another retraining on this host", file=sys.stderr, flush=True)):
         try:
             done = finetune.with_options(timeout_seconds=training_seconds)(str(path), force)
-        except TimeoutError as error:
+        except FlowRunTimeoutError as error:
             hours = (training_seconds or 0) / 3600
             raise ProcessFailed(
                 f"training {recipe.name} was ended after {hours:g} h; the next run goes on from its last checkpoint; give it longer: tuneserve schedule --timeout"

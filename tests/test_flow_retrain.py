@@ -247,7 +247,7 @@ def test_a_version_of_unknown_origin_is_no_base_to_compare_with(world: World) ->
 
 def test_a_training_that_takes_too_long_says_how_it_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_long(path: str, force: bool) -> Finetuned:
-        raise TimeoutError
+        raise flow.FlowRunTimeoutError
 
     monkeypatch.setattr(world, "finetune", too_long)
     with pytest.raises(ProcessFailed, match=r"training shop was ended after 2 h; the next run goes on from its last checkpoint"):

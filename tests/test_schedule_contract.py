@@ -162,3 +162,38 @@ def test_prefect_yaml_deploys_what_the_command_deploys(prefect: str, project: Pr
     wrong = subprocess.run([*argv[:-1], "61 3 * * 1"], cwd=project.root, env=own, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
     assert wrong.returncode == 2 and "--cron" in wrong.stderr
     tuneserve(prefect, project, RECIPE, "--remove")
+
+
+TIMED = """
+import time
+from prefect import flow
+from prefect.flow_engine import FlowRunTimeoutError
+
+@flow
+def train():
+    try:
+        while True:
+            time.sleep(0.2)
+    except Exception:
+        print("taken for a failure", flush=True)
+    finally:
+        print("cleaned up", flush=True)
+
+@flow
+def retrain():
+    try:
+        train.with_options(timeout_seconds=1.0)()
+    except FlowRunTimeoutError:
+        print("ended", flush=True)
+        return 1
+
+retrain()
+"""
+
+
+def test_a_flow_that_is_timed_out_cleans_up_and_says_so(prefect: str, project: Project) -> None:
+    """What is raised within is no Exception, so that an MLflow run ends KILLED, not FAILED."""
+    argv = [sys.executable, "-c", TIMED]
+    done = subprocess.run(argv, env=environment(prefect, project), capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
+    said = [line for line in done.stdout.splitlines() if line in ("cleaned up", "ended", "taken for a failure")]
+    assert (done.returncode, said) == (0, ["cleaned up", "ended"]), done.stdout + done.stderr

@@ -56,16 +56,16 @@ def retrain(
     with opened_project() as project, flow_servers(project):
         from flows.retrain import retrain as flow
 
+        shown = project.relative(recipe.resolve())
         done = flow(
-            str(recipe.resolve()),
+            shown,
             force=force,
-            serving=str(recipe_path.resolve()) if recipe_path else None,
+            serving=project.relative(recipe_path.resolve()) if recipe_path else None,
             replicas=urls or None,
             evaluate_on=asked,
             watch_seconds=watch_seconds,
         )
         interrupted = bool(done.outcome and done.outcome.watched and done.outcome.watched[-1].ended == "interrupted")
-        shown = project.relative(recipe.resolve())
     if interrupted:
         raise KeyboardInterrupt
     click.echo(json.dumps({"recipe": shown, **done.as_dict()}) if as_json else "\n".join(done.lines()))
