@@ -115,9 +115,10 @@ def test_an_answer_is_written_before_it_is_acted_on(registry: Any, lock: Lock) -
     assert next_for(given, "1", "2", made.at)[0] == "promote"
     assert approve(registry, SECOND, "another") == given
     assert open_requests(registry, "shop") == [(SECOND, given)]
-    with pytest.raises(ServingError, match="killed"):
-        registry.move("2", ServingError("killed"))
-    assert open_requests(registry, "shop") == [(SECOND, given)]  # a failed promotion leaves it open
+    for left in ({"state": "open"}, {"state": "closed", "action": "failed"}, {"state": "closed", "action": "promoted"}):  # killed, failed, done
+        tags = {"action": "promoted", "version": "2", "digest": SECOND.digest, "before": "1", "gate": "g", **left}
+        registry.open_entry("shop", "", tags)
+        assert open_requests(registry, "shop") == ([] if left.get("action") == "promoted" else [(SECOND, given)])
 
 
 def test_a_rejection_is_on_record_and_closes_it(registry: Any, lock: Lock) -> None:

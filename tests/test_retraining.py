@@ -116,6 +116,8 @@ FIRST = entry("promoted", "1", None, "1", "g0")
         ([entry("rolled-back", "0", "2", "0"), entry("promoted", "2", "1", "2", "h")], "0", False, "nothing", "taken-out"),
         ([entry("moved-outside", "1", "2", "1"), entry("promoted", "2", "1", "2", "h")], "1", False, "nothing", "taken-out"),
         ([entry("moved-outside", None, "2", None), entry("promoted", "2", "1", "2", "h")], None, False, "nothing", "taken-out"),
+        ([entry("promoted", "2", "1", "2", "h")], "0", False, "nothing", "taken-out"),
+        ([entry("rolled-back", "2", "3", "2"), entry("promoted", "2", "1", "2", "h")], "0", False, "nothing", "taken-out"),
         ([entry("promoted", "3", "2", "3", "h"), entry("promoted", "2", "1", "2", "h")], "3", False, "gate", "not-compared"),
         ([entry("kept", "2", "1", "1", "h"), entry("rolled-back", "1", "2", "1")], "1", False, "gate", "not-compared"),
     ],

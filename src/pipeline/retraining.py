@@ -111,6 +111,8 @@ def gate_step(version: tuple[str, str], champion: str | None, entries: Sequence[
         return "nothing", Reason("is-champion", "it is the champion")
     if told := next((entry for entry in about if entry.grounds.gate == gate and entry.action != "failed" and (asked or entry.action != "requested")), None):
         return "nothing", _told(told)
+    if entries and entries[0].after == number:
+        return "nothing", Reason("taken-out", "the alias was moved away from it outside tuneserve")
     if taken := _taken_out(number, entries):
         return "nothing", Reason("taken-out", f"it was taken out on {_day(taken)} by {taken.grounds.by or 'other hands'} ({taken.grounds.reasons})")
     return "gate", Reason("not-compared", "it was not compared with this champion, on these rows and by these rules")
@@ -127,10 +129,8 @@ def _told(entry: Entry) -> Reason:
 
 def _taken_out(number: str, entries: Sequence[Entry]) -> Entry | None:
     """The entry by which people, or the watch, made another version champion in its place, if nothing happened to it since."""
-    newest = next((entry for entry in entries if entry.version == number or (entry.before == number != entry.after)), None)
-    if newest and newest.version != number and newest.action in ("rolled-back", "moved-outside"):
-        return newest
-    return None
+    newest = next((entry for entry in entries if number in (entry.version, entry.before)), None)
+    return newest if newest and newest.action in ("rolled-back", "moved-outside") else None
 
 
 def _day(entry: Entry) -> str:
