@@ -3,8 +3,13 @@
 import contextlib
 from collections.abc import Iterator
 
+import click
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
+
+from pipeline import services
+from pipeline.command import opened_project
+from pipeline.project import Project, find_project
 
 FLUSH_SECONDS = 3.0
 
@@ -17,3 +22,13 @@ def flushed() -> Iterator[None]:
     finally:
         for worker in (APILogWorker, EventsWorker):
             worker.drain_all(timeout=FLUSH_SECONDS)
+
+
+@contextlib.contextmanager
+def at_work() -> Iterator[Project]:
+    """The project, with what a command sets up around a flow where a worker started it: journal, caches kept, MLflow up. Within a command it is there already."""
+    if click.get_current_context(silent=True):
+        yield find_project()
+        return
+    with opened_project() as project, services.tracking(project):
+        yield project

@@ -222,13 +222,13 @@ def test_canaries_and_switches_from_the_command_line(home: Path, registered: tup
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1h", 3600), ("1.5m", 90), (" 2m ", 120)])
 def test_a_duration_has_a_unit(text: str, seconds: float) -> None:
-    assert cli_serving._seconds(text) == seconds
+    assert cli_serving.seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["10", "", "0s", "-1m", "1d", "m", "nan s", "1h30m"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(InvalidInput, match="90s, 10m or 1h"):
-        cli_serving._seconds(text)
+        cli_serving.seconds_of(text)
 
 
 def test_canary_steps_grow() -> None:

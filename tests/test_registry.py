@@ -1,8 +1,10 @@
 """The registry against MLflow's real store (SQLite in a file, no server), and metrics while MLflow is away."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +15,13 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from pipeline import disk
 from pipeline.adapter import read_adapter
+from pipeline.approval import Approval, Request, read_approval
 from pipeline.errors import RegistryError
 from pipeline.history import history
 from pipeline.project import Project
 from pipeline.registry import Deployment, Registry, Trace, TrainingRun, Version, flat
 from pipeline.switch import Disabled
-from pipeline.version import ARTIFACT_FOLDER, DISABLED_TAG, TRIAL, disabled_tag
+from pipeline.version import APPROVAL_ANSWER_TAG, APPROVAL_REQUEST_TAG, APPROVAL_TAG, ARTIFACT_FOLDER, DISABLED_TAG, TRIAL, disabled_tag
 from tests.conftest import write_adapter
 
 EXTRA = {"recipe.yaml": "name: shop\n", "swift_args.json": "{}"}
@@ -380,3 +383,19 @@ def test_registration_waits_for_mlflow_and_then_says_where_the_adapter_is(monkey
 
 def test_params_are_flat() -> None:
     assert flat({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}
+
+
+def test_a_request_for_approval_is_tags_that_are_found_again(registry: Registry, tmp_path: Path) -> None:
+    assert registry.newest("asking") is None and registry.requests("asking") == []
+    first, second = register(registry, tmp_path / "a", "asking"), register(registry, tmp_path / "b", "asking")
+    request = Request("me@here", 1.0, 2.0, None, "g", "better")
+    for version in (second, first):
+        registry.tag_version(version, {APPROVAL_TAG: "requested", APPROVAL_REQUEST_TAG: json.dumps(asdict(request)), APPROVAL_ANSWER_TAG: "none"})
+    assert [(version.label, read_approval(tags)) for version, tags in registry.requests("asking")] == [
+        ("asking/1", Approval("requested", request)),
+        ("asking/2", Approval("requested", request)),
+    ]
+    registry.tag_version(second, {APPROVAL_TAG: "approved"})
+    assert registry.tags(second)[APPROVAL_TAG] == "approved" and registry.newest("asking") == second
+    registry.client.create_model_version("asking", "s3://elsewhere", None)
+    assert registry.newest("asking") == second and len(registry.requests("asking")) == 2

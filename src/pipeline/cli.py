@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pipeline import cli_adapters, cli_bench, cli_evaluation, cli_plan, cli_serving, cli_status
+from pipeline import cli_adapters, cli_bench, cli_evaluation, cli_plan, cli_retraining, cli_serving, cli_status
 from pipeline.cli_plan import ignore_plan_option, refuse_what_cannot_fit
 from pipeline.command import SERVING_RECIPE, begin_journal, flow_servers, json_option, opened_project, recipe_argument, using_caches
 from pipeline.errors import Fault, InvalidInput, TuneserveError
@@ -36,7 +36,16 @@ def cli() -> None:
     """Fine-tune GLM-4.5V with LoRA, register the adapter, and promote it into running vLLM servers without merging weights."""
 
 
-for command in (cli_plan.plan, cli_status.status, cli_bench.bench, *cli_adapters.COMMANDS, *cli_evaluation.COMMANDS, *cli_serving.COMMANDS):
+ELSEWHERE = (
+    cli_plan.plan,
+    cli_status.status,
+    cli_bench.bench,
+    *cli_adapters.COMMANDS,
+    *cli_evaluation.COMMANDS,
+    *cli_retraining.COMMANDS,
+    *cli_serving.COMMANDS,
+)
+for command in ELSEWHERE:
     cli.add_command(command)
 
 

@@ -100,7 +100,7 @@ def promote(
     """
     name, version = adapter_of(adapter)
     percents = _percents(canary) if canary is not None else None
-    watch_seconds = _seconds(watch) if watch is not None else None
+    watch_seconds = seconds_of(watch) if watch is not None else None
     if percents and not wait:
         raise InvalidInput([Fault("--no-wait", "", "a canary is always waited for; leave --no-wait or --canary out")])
     if evaluate_on and (force or percents):
@@ -138,7 +138,7 @@ def promote(
         raise KeyboardInterrupt
     if last and (last.ended in ("breach", "moved") or len(done.watched) < len(percents or [])):
         raise ServingError(last.text)
-    _show_promotion(done.promotion, mlflow_uri, wait, as_json, done.assessment, done.watched)
+    show_promotion(done.promotion, mlflow_uri, wait, as_json, done.assessment, done.watched)
 
 
 @click.command(short_help="Make the champion before this one champion again.")
@@ -157,7 +157,7 @@ def rollback(name: str, to: str | None, wait: bool, recipe_path: Path | None, re
         from pipeline.fleet import addresses_of
 
         done = flow(name, version, addresses_of(project, recipe, urls), unreachable_fails=must_reach_all(recipe), wait=wait)
-    _show_promotion(done, mlflow_uri, wait, as_json)
+    show_promotion(done, mlflow_uri, wait, as_json)
 
 
 @click.command(short_help="Change a canary's share, or end it.")
@@ -177,7 +177,7 @@ def canary(name: str, share: str, recipe_path: Path | None, replica_urls: tuple[
         from pipeline import promotion
 
         if percent is not None:
-            _show_promotion(promotion.set_canary(registry, name, percent, fleet, lock), registry.uri, True, as_json)
+            show_promotion(promotion.set_canary(registry, name, percent, fleet, lock), registry.uri, True, as_json)
             return
         ended = promotion.end_canary(registry, name, fleet, lock)
         label = f"{name}/{ended.candidate}" if ended.candidate else None
@@ -260,7 +260,7 @@ def _percents(text: str) -> list[float]:
     return percents
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str) -> float:
     """The duration `90s`, `10m` or `1h`, in seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)", text.strip())
     seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
@@ -324,7 +324,7 @@ def _show(said: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
     click.echo(json.dumps(said) if as_json else "\n".join(lines))
 
 
-def _show_promotion(
+def show_promotion(
     done: "Promotion", mlflow_uri: str, waited: bool, as_json: bool, assessment: "Assessment | None" = None, watched: "Sequence[Watched]" = ()
 ) -> None:
     version, previous = done.version, f"{done.version.name}/{done.previous}" if done.previous else None

@@ -54,7 +54,8 @@ def using_caches(project: "Project") -> Iterator[None]:
 
 
 def begin_journal(project: "Project") -> None:
-    open_journal(project.logs, command=_name_of(click.get_current_context()))
+    context = click.get_current_context(silent=True)
+    open_journal(project.logs, command=_name_of(context) if context else "worker")
     logger.info("command started")
 
 

@@ -15,7 +15,8 @@ from pipeline.errors import RegistryError
 from pipeline.journal import failure_fields
 
 logger = logging.getLogger(__name__)
-Action = Literal["promoted", "rolled-back", "kept", "refused", "failed", "moved-outside"]
+Action = Literal["promoted", "rolled-back", "kept", "refused", "failed", "moved-outside", "requested", "rejected"]
+"""requested: it is better, and a person was asked; rejected: that person said no."""
 NONE = "none"
 OPEN = "open"
 """The state of an entry whose outcome is not known yet."""
@@ -24,7 +25,9 @@ INTERRUPTED = "interrupted; found later"
 
 @dataclass(frozen=True)
 class Grounds:
-    """Why the alias should move. `scores` is JSON, `evaluation_run` the MLflow run with every answer; both empty where nothing was measured."""
+    """Why the alias should move. `scores` is JSON, `evaluation_run` the MLflow run with every answer, `gate` the digest of all that was compared (retraining.py);
+    empty where nothing was measured.
+    """
 
     by: str
     reasons: str = ""
@@ -32,6 +35,7 @@ class Grounds:
     scores: str = ""
     evaluation_run: str = ""
     git_commit: str = NONE
+    gate: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def _entry(key: str, at: float, tags: Mapping[str, str]) -> Entry:
         value = tags.get(tag, NONE)
         return None if value == NONE else value
 
-    texts = {tag: tags.get(tag, "") for tag in ("by", "reasons", "scores", "evaluation_run")}
+    texts = {tag: tags.get(tag, "") for tag in ("by", "reasons", "scores", "evaluation_run", "gate")}
     grounds = Grounds(**texts, forced=tags.get("forced") == "true", git_commit=tags.get("git_commit", NONE))
     action: Any = tags.get("action", "failed")
     return Entry(key, at, action, number("version"), tags.get("digest", ""), number("before"), number("after"), grounds, tags.get("state") == OPEN)

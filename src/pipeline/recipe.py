@@ -224,6 +224,11 @@ class PromotionRules(Section):
     served precision has no known tolerance; one that is shown to be served otherwise is refused all the same."""
     watch: WatchRules = WatchRules()
     """What `--watch` holds a version to once it has users."""
+    approval: Literal["automatic", "manual"] = "automatic"
+    """manual: `tuneserve retrain` does not promote a version that is better but asks for it, on the version: `tuneserve approve` or `tuneserve reject` answers.
+    `tuneserve promote` by hand asks nobody."""
+    approval_days: Annotated[float, Field(gt=0, le=365)] = 7
+    """A request that nobody has answered by then lapses, and the champion is kept."""
 
     def broken_relations(self) -> Iterator[str]:
         if self.metric == "judge" and self.judge is None:

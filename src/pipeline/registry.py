@@ -26,6 +26,7 @@ from pipeline.errors import RegistryError
 from pipeline.reference import MAX_REFERENCE_BYTES, REFERENCE_FILE
 from pipeline.switch import Disabled, read_disabled
 from pipeline.version import (
+    APPROVAL_TAG,
     ARTIFACT_FOLDER,
     BASE_REVISION_TAG,
     CANARY_TAG,
@@ -50,6 +51,8 @@ DESCRIPTION_CHARACTERS = 5000
 """What MLflow keeps of a version's description."""
 HISTORY_LENGTH = 1000
 """Entries that are read of a model's history, the newest."""
+VERSIONS_LOOKED_AT = 200
+"""The newest of a model, when the newest of ours, or requests for approval, are looked for."""
 RECIPE_FILE = "recipe.yaml"
 EXTRA_FILES = ("swift_args.json", RECIPE_FILE, REFERENCE_FILE)
 """What a version holds beside the adapter itself; nothing else is ever logged."""
@@ -391,6 +394,29 @@ class Registry:
         """Writes on a version which one was champion before it: MLflow keeps no history of aliases."""
         with _translated(self.uri):
             self.client.set_model_version_tag(version.name, version.version, PREVIOUS_TAG, previous or "none")
+
+    def tag_version(self, version: Version, tags: Mapping[str, str]) -> None:
+        """Writes these tags on a version, in this order."""
+        with _translated(self.uri):
+            for tag, value in tags.items():
+                self.client.set_model_version_tag(version.name, version.version, tag, value)
+
+    def tags(self, version: Version) -> dict[str, str]:
+        """The version's tags as they stand now."""
+        with _translated(self.uri):
+            return dict(self.client.get_model_version(version.name, version.version).tags)
+
+    def requests(self, name: str) -> list[tuple[Version, dict[str, str]]]:
+        """Every version of `name` that has asked for approval at some time, with its tags, the oldest first."""
+        with _translated(self.uri):
+            found = self.client.search_model_versions(f"name = '{name}'", max_results=VERSIONS_LOOKED_AT, order_by=["version_number DESC"])
+        return [(_version(entry), dict(entry.tags)) for entry in reversed(found) if APPROVAL_TAG in entry.tags and DIGEST_TAG in entry.tags]
+
+    def newest(self, name: str) -> Version | None:
+        """The newest version of `name` that is ours; None if there is none yet."""
+        with _translated(self.uri):
+            found = self.client.search_model_versions(f"name = '{name}'", max_results=VERSIONS_LOOKED_AT, order_by=["version_number DESC"])
+        return next((_version(entry) for entry in found if DIGEST_TAG in entry.tags), None)
 
     def registered(self) -> list[Registered]:
         """Every version of every model, whoever registered it."""
