@@ -68,7 +68,7 @@ def test_batches_and_deepspeed_on_gpus() -> None:
     recipe = variant(training={"device": "cuda", "processes": 4, "micro_batch_size": 2, "global_batch_size": 32, "deepspeed": "zero3"})
     args = swift_args(recipe, *PATHS)
     assert (args["per_device_train_batch_size"], args["gradient_accumulation_steps"], args["deepspeed"]) == (2, 4, "zero3")
-    assert "use_cpu" not in args and plugins_of(recipe) == ["swift_chunked_loss.py", "swift_zero3_loading.py"]
+    assert "use_cpu" not in args and plugins_of(recipe) == ["swift_chunked_loss.py", "swift_zero3.py"]
     assert swift_environment(recipe, LOGS)["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     environment = swift_environment(recipe, LOGS)
     assert (environment["NPROC_PER_NODE"], environment["PET_LOG_DIR"], environment["PET_STANDALONE"]) == ("4", "/logs", "1")

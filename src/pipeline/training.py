@@ -29,9 +29,8 @@ SwiftArgs = dict[str, str | int | float | bool | list[str]]
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 """Called with the optimizer step and what ms-swift logged there."""
 MODEL_TYPE, TEMPLATE = "glm4v_moe", "glm4_5v"
-CPU_DEEPSPEED_PLUGIN, EARLY_STOP_PLUGIN, CHUNKED_LOSS_PLUGIN, EXPERT_NF4_PLUGIN, OFFLOAD_CHECKPOINTS_PLUGIN, ZERO3_LOADING_PLUGIN = (
-    Path(__file__).with_name(f"swift_{name}.py")
-    for name in ("cpu_deepspeed", "early_stop", "chunked_loss", "expert_nf4", "offload_checkpoints", "zero3_loading")
+CPU_DEEPSPEED_PLUGIN, EARLY_STOP_PLUGIN, CHUNKED_LOSS_PLUGIN, EXPERT_NF4_PLUGIN, OFFLOAD_CHECKPOINTS_PLUGIN, ZERO3_PLUGIN = (
+    Path(__file__).with_name(f"swift_{name}.py") for name in ("cpu_deepspeed", "early_stop", "chunked_loss", "expert_nf4", "offload_checkpoints", "zero3")
 )
 DECIDING_PLUGINS = frozenset({EXPERT_NF4_PLUGIN.name})
 """Those that change what comes out, beyond what the arguments say: before there was this one, nf4 left the experts as they were."""
@@ -139,7 +138,7 @@ def swift_args(recipe: FinetuneRecipe, base: Path, train_file: Path, output: Pat
     if training.deepspeed:
         args["deepspeed"] = training.deepspeed
         plugins += [str(CPU_DEEPSPEED_PLUGIN)] if training.device == "cpu" else []
-        plugins += [str(ZERO3_LOADING_PLUGIN)] if training.deepspeed.startswith("zero3") and training.processes > 1 else []
+        plugins += [str(ZERO3_PLUGIN)] if training.deepspeed.startswith("zero3") and training.processes > 1 else []
     if plugins:
         args["external_plugins"] = plugins
     return args
