@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,9 @@ def test_a_schedule_names_the_embedded_server_if_it_runs(project: Any, monkeypat
 
 @pytest.mark.parametrize("args", [["--list"], ["r", "--pause"], ["recipes/r.yaml", "--interval", "60"]])
 def test_a_prefect_server_that_is_away_is_said_so(project: Any, args: list[str]) -> None:
-    data_project(project.root)
-    done = tuneserve(project.root, "schedule", *args, "--json", **SERVER)
+    data_project(project.root)  # a process of its own: Prefect reads its server's address once, and other tests here may have had it read none
+    argv = [sys.executable, "-m", "pipeline.cli", "schedule", *args, "--json"]
+    done = subprocess.run(argv, cwd=project.root, env=command.command_environment(**SERVER), capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1 and "no Prefect server answers at PREFECT_API_URL" in json.loads(done.stdout.splitlines()[-1])["errors"][0]["message"]
 
 
