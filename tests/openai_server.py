@@ -1,13 +1,14 @@
 """An OpenAI-compatible server that is stood in for on this machine: it streams answers token by token, at the pace and with the faults that a test says."""
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.replicas import listening
 
 BASE = "glm-4.5v"
 
@@ -103,15 +104,8 @@ def openai_server(server: FakeOpenAI) -> Iterator[str]:
 
         def log_message(self, *_: object) -> None: ...
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}"
-    finally:
-        http.shutdown()
-        http.server_close()
+    with listening(Handler) as url:
+        yield url
 
 
 def asked_models(server: FakeOpenAI) -> Sequence[str]:

@@ -18,7 +18,9 @@ from pipeline.registry import Registry, Version
 from tests import command
 from tests.openai_server import BASE, FakeOpenAI, openai_server
 from tests.replicas import TOKEN, FakeReplica, http_server, model, served
-from tests.test_cli_serving import registered  # noqa: F401
+from tests.test_cli_serving import registered
+
+__all__ = ["registered"]  # a fixture, used by its name
 
 FILES = {"rounds.jsonl", "result.json", "result.md", *plot.FILES}
 SHORT = ("--concurrency", "1,2", "--requests", "2", "--rounds", "2", "--answer-tokens", "4", "--mix", "text")
@@ -219,7 +221,7 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def shop(registered: tuple[Registry, Version]) -> Iterator[tuple[Shop, str, str]]:  # noqa: F811
+def shop(registered: tuple[Registry, Version]) -> Iterator[tuple[Shop, str, str]]:
     """The shop, the URL of its streams, and its replica's."""
     shop = Shop(registered[0])
     shop.models()
@@ -309,6 +311,6 @@ def test_an_interrupted_swap_first_puts_the_alias_back_and_writes_what_there_is(
     assert "written to out" in done.stderr
 
 
-def test_swap_without_a_replica_says_how_to_start_one(home: Path, registered: tuple[Registry, Version]) -> None:  # noqa: F811
+def test_swap_without_a_replica_says_how_to_start_one(home: Path, registered: tuple[Registry, Version]) -> None:
     done = tuneserve(home, "swap", "shop/2", "--yes", "--json", mlflow=registered[0].uri)
     assert done.returncode == 1 and "no replica is ready that follows shop" in faults(done) and "tuneserve serve RECIPE" in faults(done)

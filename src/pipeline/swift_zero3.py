@@ -4,7 +4,7 @@ Reading. transformers reads a checkpoint into the host memory of every process, 
 copy alone what it splits over all: 200 GiB a process of GLM-4.5V, 1.6 TiB on a host of eight GPUs. Here the others get tensors without content, but for small ones:
 buffers (the routers' correction biases) every process takes from its own copy.
 
-Training. DeepSpeed (from 0.19.3 on, its pull request 8148) keeps frozen weights that a checkpointed layer gathers anew in the backward pass until the backward pass of the module that was
+Training. DeepSpeed 0.19.8 (since its pull request 8148) keeps frozen weights that a checkpointed layer gathers anew in the backward pass until the backward pass of the module that was
 last at work before it is over; for GLM-4.5V that is the model, so that all its layers stand gathered on every GPU at the end (measured on two H100: 34 GiB of 5 layers where 10 were each GPU's
 share). It must, for checkpointing without reentry, whose recomputed tensors refer to these weights. ms-swift checkpoints with reentry under DeepSpeed, where each module's own hook
 gathers them again; so they are let go as before.
