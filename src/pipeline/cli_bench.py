@@ -279,9 +279,9 @@ def _follower_url(fleet: "Fleet", name: str) -> str:
 
 
 def _is_loaded(fleet: "Fleet", version: "Version") -> bool | None:
-    """Whether all replicas that say anything of the model have the version; None if none does."""
-    models = [look.status.models[version.name] for look in fleet.looks() if look.status and version.name in look.status.models]
-    return all(any((entry.version, entry.digest) == (version.version, version.digest) for entry in model.versions) for model in models) if models else None
+    """Whether all replicas that say anything of the model have the version, if only because it is not forgotten yet; None if none does."""
+    said = [look.status for look in fleet.looks() if look.status and version.name in look.status.models]
+    return all(version.digest in status.slots.digests for status in said) if said else None
 
 
 @bench.command(short_help="Make a result's tables and plots anew.")

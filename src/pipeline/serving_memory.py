@@ -77,7 +77,7 @@ def serving_memory(architecture: Architecture, recipe: ServingRecipe, gpu: Gpu) 
         weights=served_weight_bytes(architecture, recipe),
         adapter_slots=recipe.lora.max_loras * slot_bytes(architecture, recipe.lora, ways, recipe.expert_parallel, number),
         activations=_step_bytes(decoder, tokens, sequences, ways, number),
-        cuda_graphs=GRAPH_BYTES * captured_sizes(min(2 * sequences, MOST_CAPTURED)),
+        cuda_graphs=_graph_bytes(recipe.lora, sequences),
         runtime=RUNTIME_BYTES + (PARALLEL_BYTES if ways > 1 else 0),
         kv_token=kv_token_bytes(decoder, ways, number),
     )
@@ -161,6 +161,13 @@ def _step_bytes(decoder: Decoder, tokens: int, sequences: int, ways: int, number
     attention = (2 * decoder.heads + 2 * decoder.kv_heads) * decoder.head_dim // ways
     logits = min(sequences, tokens) * decoder.vocabulary * (4 + number)
     return tokens * (mlp + attention + 3 * decoder.hidden) * number + logits
+
+
+def _graph_bytes(lora: ServedLora, sequences: int) -> int:
+    """With graphs_per_count each further number of adapters (1, 2, 4, ... to max_loras) has its own, for mixed and for decoding steps: GLM-4.5V, 8 adapters, 64 sequences 2.17 GiB, 2.36 measured."""
+    mixed = captured_sizes(min(2 * sequences, MOST_CAPTURED))
+    further = lora.max_loras.bit_length() if lora.graphs_per_count else 0
+    return GRAPH_BYTES * (mixed + further * (mixed + captured_sizes(min(sequences, MOST_CAPTURED))))
 
 
 def captured_sizes(largest: int) -> int:

@@ -55,6 +55,12 @@ def test_without_domains_no_image_url_is_fetched() -> None:
     assert option(serve_args(open_, Path("/base"), 1), "--allowed-media-domains") == "img.example"
 
 
+def test_graphs_per_count_are_asked_for() -> None:
+    assert "--specialize-active-lora" not in serve_args(EMBEDDED, Path("/base"), 1)
+    many = EMBEDDED.model_copy(update={"lora": EMBEDDED.lora.model_copy(update={"graphs_per_count": True})})
+    assert "--specialize-active-lora" in serve_args(many, Path("/base"), 1)
+
+
 def test_prefix_caching_can_be_off() -> None:
     args = serve_args(EMBEDDED.model_copy(update={"prefix_caching": False}), Path("/base"), 1)
     assert "--no-enable-prefix-caching" in args and "--enable-prefix-caching" not in args

@@ -160,6 +160,7 @@ def test_what_is_forgotten_goes_in_order(world, engine):
             "max_loras": 4,
             "max_cpu_loras": 16,
             "resident": 2,
+            "digests": sorted(world.digests[version] for version in ("2", "3")),
             "forgetting": 0,
             "misses": 0,
             "waits": 0,

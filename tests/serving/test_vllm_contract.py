@@ -42,6 +42,7 @@ from vllm.lora.model_manager import LoRAModelManager  # noqa: E402
 from vllm.lora.ops.torch_ops import lora_ops  # noqa: E402
 from vllm.lora.punica_wrapper import punica_cpu  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
+from vllm.lora.utils import get_captured_lora_counts  # noqa: E402
 from vllm.lora.worker_manager import WorkerLoRAManager  # noqa: E402
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method  # noqa: E402
 from vllm.model_executor.layers.fused_moe.oracle import unquantized  # noqa: E402
@@ -186,7 +187,14 @@ def test_vllms_own_parser_takes_every_shipped_recipes_arguments(path):
         recipe.lora.max_cpu_loras,
         recipe.lora.target_modules,
     )
-    assert args.allowed_media_domains == ["none.invalid"]
+    assert args.allowed_media_domains == ["none.invalid"] and args.specialize_active_lora is recipe.lora.graphs_per_count
+
+
+def test_vllm_captures_graphs_for_the_counts_that_a_plan_has():
+    assert get_captured_lora_counts(8, True) == [1, 2, 4, 8, 9] and get_captured_lora_counts(8, False) == [9]
+    recipe = load_recipe(ROOT / "recipes/serving/glm-4.5v-h200-fp8.yaml", ServingRecipe)
+    many = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"graphs_per_count": True})})
+    assert make_arg_parser(FlexibleArgumentParser()).parse_args(serve_args(many, Path("/base"), 8000)).specialize_active_lora is True
 
 
 def test_recipes_offer_vllms_ways_to_quantize_while_loading():

@@ -126,11 +126,12 @@ class ServedModel(_Part):
 
 
 class Slots(_Part):
-    """Places for adapters on the engine. `misses`: a request's adapter had to be brought in; `waits`: a request waited for a place."""
+    """Places for adapters on the engine. `digests`: of those there, also while they are being forgotten; `misses`: a request's adapter had to be brought in; `waits`: a request waited for a place."""
 
     max_loras: int | None = None
     max_cpu_loras: int | None = None
     resident: int | None = None
+    digests: tuple[str, ...] = ()
     forgetting: int = 0
     misses: int = 0
     waits: int = 0

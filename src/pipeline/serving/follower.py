@@ -138,6 +138,7 @@ class Follower:
                 "max_loras": self.settings.max_loras,
                 "max_cpu_loras": self.settings.max_cpu_loras,
                 "resident": self.residents.count,
+                "digests": self.residents.digests,
                 "forgetting": self.residents.idle,
                 "misses": self.traffic.misses,
                 "waits": self.traffic.waits,

@@ -105,6 +105,11 @@ class Residents:
         return self._held[digest]
 
     @property
+    def digests(self) -> list[str]:
+        """Of all that are here, also of those that are being forgotten."""
+        return sorted(self._held)
+
+    @property
     def count(self) -> int:
         return len(self._held)
 

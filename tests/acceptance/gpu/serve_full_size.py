@@ -1,0 +1,139 @@
+"""GLM-4.5V at its true width behind `tuneserve serve`, with random weights and adapters: makes what is served, starts it, and leaves it running for `tuneserve bench`.
+
+`python tests/acceptance/gpu/serve_full_size.py up --layers 46` writes the base without weights and random attention adapters, registers these in MLflow as champions of models of their own
+(the first model has further versions, for alias moves), starts `tuneserve serve`, and ends once the replica is ready. `adapters FOLDER` only writes base and adapters, for a bare vLLM.
+See README.md here for what the machine needs.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
+
+from pipeline.project import Project
+from tests.acceptance.gpu.full_size_base import know_digests, write
+from tests.acceptance.gpu.training_full_size import TEXT
+
+RANK = 16
+SPREAD = 0.02
+SHIPPED = Path("recipes/serving/glm-4.5v-h200-fp8.yaml")
+READY_SECONDS = 500.0
+FURTHER_VERSIONS = 2
+"""Of the first model."""
+
+
+def write_adapter(folder: Path, layers: int, seed: int) -> Path:
+    """A PEFT adapter of rank 16 on every layer's attention: 63 MB with 46 layers."""
+    dice = np.random.default_rng(seed)
+    head, heads, groups, width = TEXT["head_dim"], TEXT["num_attention_heads"], TEXT["num_key_value_heads"], TEXT["hidden_size"]
+    sizes = {"q_proj": (width, heads * head), "k_proj": (width, groups * head), "v_proj": (width, groups * head), "o_proj": (heads * head, width)}
+    tensors = {}
+    for layer in range(layers):
+        for module, (inputs, outputs) in sizes.items():
+            name = f"base_model.model.model.language_model.layers.{layer}.self_attn.{module}"
+            for part, shape in (("lora_A", (RANK, inputs)), ("lora_B", (outputs, RANK))):
+                tensors[f"{name}.{part}.weight"] = (dice.standard_normal(shape, np.float32) * SPREAD).astype(np.float16)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": 0.0, "bias": "none"}
+    config |= {"target_modules": sorted(sizes), "base_model_name_or_path": "GLM-4.5V", "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+def recipe_of(layers: int, models: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """The shipped recipe for one H200, with this base and these models."""
+    shipped: dict[str, Any] = yaml.safe_load(SHIPPED.read_text("utf-8"))
+    lora = shipped["lora"] | settings.pop("lora", {})
+    return shipped | {"name": f"layers-{layers}", "base_model": f"models/layers-{layers}", "follow": models} | settings | {"lora": lora}
+
+
+def prepare(folder: Path, layers: int, adapters: int) -> list[Path]:
+    base = folder / "models" / f"layers-{layers}"
+    if not base.is_dir():
+        write(base, layers)
+        know_digests(base, Project(folder).bases / "digests.json")
+    return [write_adapter(folder / "adapters" / f"a{number}", layers, number) for number in range(adapters)]
+
+
+def register(folder: Path, layers: int, adapters: list[Path]) -> list[str]:
+    """Registers each adapter, the first models' first; FURTHER_VERSIONS of them are further versions of the first model. The names of the models."""
+    from pipeline.adapter import read_adapter
+    from pipeline.basemodel import resolve_base_model, template_digest
+    from pipeline.registry import Registry
+
+    registry = Registry(os.environ["MLFLOW_TRACKING_URI"])
+    base = resolve_base_model(f"models/layers-{layers}", Project(folder), lambda *_: None)
+    models = [f"m{number}" for number in range(len(adapters) - FURTHER_VERSIONS)]
+    for model, adapter in zip([*models, *models[:1] * FURTHER_VERSIONS], adapters, strict=True):
+        with registry.run(model, {}, {}) as run:
+            registry.register(model, run.run_id, read_adapter(adapter), {}, base.revision, template_digest(), f"random {adapter.name}")
+    for model in models:
+        registry.move_champion(model, "1")
+    return models
+
+
+def start(folder: Path, name: str, command: list[str]) -> subprocess.Popen[bytes]:
+    with (folder / f"{name}.log").open("wb") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True)
+    (folder / f"{name}.pid").write_text(f"{child.pid}\n", "utf-8")
+    return child
+
+
+def up(folder: Path, layers: int, adapters: int, port: int, settings: dict[str, Any]) -> dict[str, Any]:
+    began = time.monotonic()
+    folders = prepare(folder, layers, adapters + FURTHER_VERSIONS)
+    os.environ["TUNESERVE_PROJECT"] = str(folder)
+    store = f"sqlite:///{folder}/mlflow.db"
+    where = ["--host", "127.0.0.1", "--port", "5005", "--backend-store-uri", store, "--artifacts-destination", str(folder / "mlruns"), "--workers", "1"]
+    start(folder, "mlflow", [sys.executable, "-m", "mlflow", "server", *where])
+    os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:5005"
+    while time.monotonic() - began < READY_SECONDS and not answers("http://127.0.0.1:5005/health"):
+        time.sleep(0.5)
+    models = register(folder, layers, folders)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(layers, models, {"port": port, **settings})), "utf-8")
+    booted = time.monotonic()
+    child = start(folder, "serve", [sys.executable, "-m", "pipeline.cli", "serve", "recipe.yaml"])
+    while time.monotonic() - booted < READY_SECONDS and child.poll() is None:
+        if answers(f"http://127.0.0.1:{port}/health"):  # after the first sync
+            return {"prepared_seconds": round(booted - began, 1), "boot_seconds": round(time.monotonic() - booted, 1)}
+        time.sleep(0.5)
+    logs = [folder / "serve.log", *sorted((folder / ".tuneserve").rglob("vllm-*.log"))]
+    raise SystemExit("\n".join(f"{path}:\n{path.read_text('utf-8', 'replace')[-4000:]}" for path in logs))
+
+
+def answers(url: str) -> bool:
+    import httpx
+
+    try:
+        return httpx.get(url, timeout=2.0, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("up", "adapters"))
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/tuneserve-full-size"))  # noqa: S108 (a machine of one's own)
+    parser.add_argument("--layers", type=int, default=46)
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--set", type=json.loads, default={}, help="changed settings of the recipe, as a JSON object")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if arguments.what == "adapters":
+        print(prepare(arguments.folder, arguments.layers, arguments.adapters))
+    else:
+        print(json.dumps(up(arguments.folder, arguments.layers, arguments.adapters, arguments.port, arguments.set)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
