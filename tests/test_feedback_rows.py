@@ -186,3 +186,4 @@ def test_fresh_rows_are_those_approved_since(shop: Project) -> None:
     path = write_rows(shop.root / "data/x.jsonl", [old, new, *others])
     assert [example.answer for example in rows_since(path, shop, 1_794_000_000.0)] == ["b"]
     assert [example.answer for example in rows_since(path, shop, 0.0)] == ["a", "b"]
+    assert rows_since(shop.root / "data/none.jsonl", shop, 0.0) == ()

@@ -192,7 +192,9 @@ def _replacing(to: Path) -> Iterator[Path]:
 
 
 def rows_since(path: Path, project: Project, since: float) -> tuple[Example, ...]:
-    """The rows of an exported file that were approved after that unix time. Raises InvalidInput if the file is none."""
+    """The rows of an exported file that were approved after that unix time; none while nothing was exported. Raises InvalidInput if the file is not one of rows."""
+    if not path.exists():
+        return ()
     examples = read_examples(path, project)
     approved = {row.number: str(_provenance(row.content).get("approved_at", "")) for row in read_rows(path, project)}
     return tuple(example for example in examples if _moment(approved[example.row]) > since)
