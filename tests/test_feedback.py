@@ -47,7 +47,8 @@ def test_a_sample_is_found_by_its_id_or_by_its_answers(project: Project) -> None
     one, two = write_sample(project, 1), write_sample(project, 2)
     judged = judged_samples(project)
     assert [each.sample for each in judged] == [two, one]
-    assert find(judged, "chatcmpl-2").sample == two
+    assert find(judged, "chatcmpl-2").sample == two and find(judged_samples(project, ["chatcmpl-2"]), "chatcmpl-2").sample == two
+    assert [each.sample for each in judged_samples(project, [one.id, "nothing", "\udcff"])] == [one]
     with pytest.raises(InvalidInput, match="no sample has that id"):
         find(judged, "chatcmpl-3")
     with (project.samples / "server/2026-11-27.jsonl").open("a") as file:  # clients may choose what an answer is called

@@ -59,7 +59,7 @@ def give(sample: str, rating: "Rating | None", correction: str | None, as_json: 
     from pipeline.switch import user_at_host
 
     with opened_project(uses_caches=False) as project:
-        found = said.find(said.judged_samples(project), sample)
+        found = said.find(said.judged_samples(project, [sample]), sample)
         said.give(project, found, rating, correction, user_at_host())
     _show([found], "given", as_json)
 
@@ -119,7 +119,7 @@ def _decided(samples: tuple[str, ...], state: Literal["approved", "rejected"], w
     from pipeline.switch import user_at_host
 
     with opened_project(uses_caches=False) as project:
-        judged = said.judged_samples(project)
+        judged = said.judged_samples(project, samples)
         found = list({each.sample.id: each for each in (said.find(judged, sample) for sample in samples)}.values())
         said.decide(project, found, state, user_at_host(), why)
     return found

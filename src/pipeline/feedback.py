@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -85,10 +85,10 @@ def iso(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
 
 
-def judged_samples(project: Project) -> list[Judged]:
-    """Every sample that is still kept, with what was said of it, the newest first."""
+def judged_samples(project: Project, naming: Sequence[str] = ()) -> list[Judged]:
+    """Every sample that is still kept, or of those whose lines hold one of these texts, with what was said of it, the newest first."""
     said = _read(project)
-    found = [Judged(sample, images, said.get(sample.id, Feedback())) for sample, images in read_samples(project.samples)]
+    found = [Judged(sample, images, said.get(sample.id, Feedback())) for sample, images in read_samples(project.samples, naming)]
     return sorted(found, key=lambda each: each.sample.at, reverse=True)
 
 
@@ -176,5 +176,5 @@ def _after(before: Feedback, said: Mapping[str, Any]) -> Feedback:
     if said["said"] not in STATES:
         raise ValueError(said["said"])
     # a refusal keeps who approved it
-    decided = (before.decided_by, before.decided_at) if said["said"] == "refused" else (said["by"], float(said["at"]))
-    return Feedback(said["said"], before.rating, before.correction, before.given_by, *decided, said["why"])
+    by, at = (before.decided_by, before.decided_at) if said["said"] == "refused" else (said["by"], float(said["at"]))
+    return replace(before, state=said["said"], decided_by=by, decided_at=at, why=said["why"])

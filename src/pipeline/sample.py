@@ -4,7 +4,7 @@ They lie in a folder per server, `SERVER/YYYY-MM-DD.jsonl` (UTC), the pictures o
 a redaction hook or a hand may have written: it is checked.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,13 +60,17 @@ def day_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(DAYS))
 
 
-def read_samples(folder: Path) -> Iterator[tuple[Sample, Path]]:
-    """All samples of all servers below `folder`, each with the folder of its pictures, in no order; lines that hold none are passed over."""
+def read_samples(folder: Path, naming: Sequence[str] = ()) -> Iterator[tuple[Sample, Path]]:
+    """The samples of all servers below `folder`, or those whose lines hold one of these texts, each with the folder of its pictures, in no order.
+
+    Lines that hold none are passed over.
+    """
+    texts = [text.encode(errors="backslashreplace") for text in naming]
     for file in folder.glob(f"*/{DAYS}"):
         try:
             with file.open("rb") as lines:
                 for line in lines:
-                    if sample := read_line(line):
+                    if (not texts or any(text in line for text in texts)) and (sample := read_line(line)):
                         yield sample, file.parent / IMAGE_FOLDER
         except FileNotFoundError:  # its days were over while we looked
             continue

@@ -57,7 +57,7 @@ def sample_of(body: bytes, answer: bytes, name: str, at: float) -> tuple[Sample,
 def _message(message: dict[str, Any], names: list[str], pictures: dict[str, bytes]) -> Message:
     """The text with a tag for each picture, whose names and bytes are added to the other two."""
     content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
     text = ""
     for part in parts:
         if part.get("type") == "image_url":
@@ -83,7 +83,7 @@ def _picture(url: str) -> bytes:
         raise Unusable("a picture is not base64") from error
 
 
-def _answer(answer: bytes) -> dict[str, str]:
+def _answer(answer: bytes) -> dict[str, Any]:
     """Id, model, text and finish of a whole answer, given at once or streamed."""
     if not answer.lstrip().startswith((b"data:", b":", b"event:")):
         given = json.loads(answer)
