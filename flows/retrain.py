@@ -1,4 +1,4 @@
-"""people's answers -> what has changed -> trained -> through the gate -> recorded. `tuneserve retrain RECIPE` runs it, and a schedule (flows/schedule.py).
+"""people's answers -> drift -> what has changed -> trained -> through the gate -> recorded. `tuneserve retrain RECIPE` runs it, and a schedule (flows/schedule.py).
 
 Each stage finds in the registry what is done already, so a run that was killed is seen through by the next one.
 """
@@ -202,7 +202,14 @@ def act_on_answers(
     return tuple(said)
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="drift of {recipe.name}")
+@task(
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    task_run_name="drift of {recipe.name}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_SECONDS,
+    retry_condition_fn=_is_away,
+)
 def look_for_drift(registered: Registry, recipe: FinetuneRecipe, replicas: Replicas, project: Project) -> Reason | None:
     """Asks the champion the rows that were approved since its promotion, which it cannot have been trained on. That it cannot be told fails no run; None if the recipe does not ask."""
     rules, promotion = recipe.drift, recipe.promotion
