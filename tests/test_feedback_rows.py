@@ -120,6 +120,16 @@ def test_what_is_held_out_or_contradicts_is_refused_on_record_and_not_tried_agai
     assert exported(shop).written == (held_out.id,)
 
 
+def test_an_answer_that_was_corrected_again_after_its_export_is_told(shop: Project) -> None:
+    sample = approve(shop, write_sample(shop, 1))
+    exported(shop)
+    approve(shop, sample, "Rubio clock")
+    assert "with another answer" in exported(shop).refused[sample.id] and len(written(shop)) == 1
+    file(shop).write_text("")
+    decide(shop, [find(judged_samples(shop), sample.id)], "approved", "bob@b")
+    assert exported(shop).written == (sample.id,) and written(shop)[0]["messages"][-1]["content"] == "Rubio clock"
+
+
 def test_the_picture_of_a_held_out_row_makes_the_question(shop: Project) -> None:
     sample = write_sample(shop, 1)
     shutil.copy(picture_of(shop, sample), shop.root / "data/b.png")

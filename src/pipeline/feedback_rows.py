@@ -41,10 +41,15 @@ def export(project: Project, recipe: FinetuneRecipe, to: Path, by: str) -> Expor
     with locked(project.feedback / ".export.lock"):
         approved = [each for each in judged_samples(project) if each.feedback.state == "approved" and each.sample.name == recipe.name]
         known = _known_rows(project, recipe, to)
-        exported = _exported(to, project)
-        there = {each.sample.id: f"is in {project.relative(to)} already" for each in approved if each.sample.id in exported}
-        new = sorted((each for each in approved if each.sample.id not in there), key=lambda each: (each.feedback.decided_at, each.sample.at))
+        exported = _exported(to, known.get(project.relative(to), ()), project)
+        again = [each for each in approved if each.sample.id in exported]
+        changed = {each.sample.id for each in again if plain(str(each.feedback.answer(each.sample))) != exported[each.sample.id]}
+        there = {each.sample.id: f"is in {project.relative(to)} already" for each in again if each.sample.id not in changed}
+        new = sorted((each for each in approved if each.sample.id not in exported), key=lambda each: (each.feedback.decided_at, each.sample.at))
         rows, refused = _checked(new, recipe, to)
+        refused |= {
+            sample: f"was exported to {project.relative(to)} with another answer; take that row out, approve it again and export again" for sample in changed
+        }
         twice, doubtful = _sorted_out({sample: example for sample, (_, example) in rows.items()}, known)
         written = [sample for sample in rows if sample not in twice and sample not in doubtful]
         images = {each.sample.id: each.pictures for each in new}
@@ -76,18 +81,16 @@ def _known_rows(project: Project, recipe: FinetuneRecipe, to: Path) -> dict[str,
     return found
 
 
-def _exported(to: Path, project: Project) -> set[str]:
-    """The samples that rows of the file come from."""
-    return {sample for content in _contents(to, project) if (sample := _provenance(content).get("sample"))}
+def _exported(to: Path, rows: Sequence[Example], project: Project) -> dict[str, str]:
+    """The answers of these rows of the file by the sample that each comes from."""
+    origins = _provenances(to, project) if rows else {}
+    return {sample: plain(row.answer) for row in rows if (sample := origins[row.row].get("sample"))}
 
 
-def _contents(path: Path, project: Project) -> Iterator[Any]:
-    return (row.content for row in read_rows(path, project)) if path.is_file() else iter(())
-
-
-def _provenance(content: Any) -> dict[str, Any]:
-    found = content.get("provenance") if isinstance(content, dict) else None
-    return found if isinstance(found, dict) else {}
+def _provenances(path: Path, project: Project) -> dict[int, dict[str, Any]]:
+    """What each row of a file says of where it comes from, by its number."""
+    said = {row.number: row.content.get("provenance") if isinstance(row.content, dict) else None for row in read_rows(path, project)}
+    return {number: provenance if isinstance(provenance, dict) else {} for number, provenance in said.items()}
 
 
 def _checked(new: Sequence[Judged], recipe: FinetuneRecipe, to: Path) -> tuple[dict[str, tuple[dict[str, Any], Example]], dict[str, str]]:
@@ -196,8 +199,8 @@ def rows_since(path: Path, project: Project, since: float) -> tuple[Example, ...
     if not path.exists():
         return ()
     examples = read_examples(path, project)
-    approved = {row.number: str(_provenance(row.content).get("approved_at", "")) for row in read_rows(path, project)}
-    return tuple(example for example in examples if _moment(approved[example.row]) > since)
+    origins = _provenances(path, project)
+    return tuple(example for example in examples if _moment(str(origins[example.row].get("approved_at", ""))) > since)
 
 
 def _moment(text: str) -> float:
