@@ -1,4 +1,4 @@
-"""people's answers -> what has changed -> trained -> through the gate -> recorded. `tuneserve retrain RECIPE` runs it, and a schedule (flows/schedule.py).
+"""people's answers -> drift -> what has changed -> trained -> through the gate -> recorded. `tuneserve retrain RECIPE` runs it, and a schedule (flows/schedule.py).
 
 Each stage finds in the registry what is done already, so a run that was killed is seen through by the next one.
 """
@@ -20,14 +20,17 @@ from prefect.tasks import Task
 
 from flows import at_work
 from flows.approve import approve
+from flows.evaluate import answers_of, graded, replica_of
 from flows.finetune import Finetuned, finetune
 from flows.promote import Outcome, promote
 from flows.schedule import stand_for_missed_runs
-from pipeline import approval, basemodel, lineage, registry
+from pipeline import approval, basemodel, lineage, registry, trial
 from pipeline.approval import next_for, open_requests
+from pipeline.comparison import against_level
 from pipeline.decision import Reason
 from pipeline.errors import ProcessFailed, RegistryError, ServingError
-from pipeline.fleet import addresses_of
+from pipeline.feedback_rows import rows_since
+from pipeline.fleet import addresses_of, open_fleet
 from pipeline.history import history
 from pipeline.lineage import code_lineage
 from pipeline.lock import model_lock
@@ -37,7 +40,7 @@ from pipeline.progress import progress
 from pipeline.project import Project
 from pipeline.recipe import FinetuneRecipe, ServingRecipe, load_recipe
 from pipeline.registry import Registry, Version
-from pipeline.retraining import changes, due, gate_digest, gate_step, lineage_now
+from pipeline.retraining import DRIFT_UNKNOWN, DRIFTED, changes, drift, due, gate_digest, gate_step, lineage_now, promoted
 from pipeline.switch import user_at_host
 from pipeline.version import DECIDED_TAG, RETRAINED_TAG
 
@@ -69,7 +72,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class Retrained:
-    """What a run came to. `trained`: it made the version. `decided`: what was decided about it, and why. `answered`: what became of requests for approval."""
+    """What a run came to. `trained`: it made the version. `decided`: what was decided about it, and why. `answered`: what became of requests for approval.
+
+    `drift`: how the champion of before did on rows approved since its promotion, None if the recipe does not ask.
+    """
 
     version: Version
     trained: bool
@@ -77,6 +83,7 @@ class Retrained:
     decided: Reason
     outcome: Outcome | None = None
     answered: tuple[str, ...] = ()
+    drift: Reason | None = None
     seconds: float = field(default=0.0, compare=False)
 
     @property
@@ -97,6 +104,7 @@ class Retrained:
             "approval_expires": request.expires if request else None,
             "decision": self.decided.as_dict(),
             "answered": list(self.answered),
+            "drift": self.drift.as_dict() if self.drift else None,
             "nothing_to_do": self.did_nothing,
             "seconds": round(self.seconds, 1),
         }
@@ -104,7 +112,10 @@ class Retrained:
     def lines(self) -> list[str]:
         """For a terminal."""
         found = list(self.answered)
-        trained = "; ".join(map(str, self.reasons)) or "rows, base, template and recipe are those that it was trained from"
+        found += [f"drift: {self.drift}"] if self.drift else []
+        trained = (
+            "; ".join(str(reason) for reason in self.reasons if reason != self.drift) or "rows, base, template and recipe are those that it was trained from"
+        )
         found.append(f"{'trained' if self.trained else 'nothing to train:'} {self.version.label}{': ' if self.trained else ', '}{trained}")
         found.append(f"{'nothing to promote' if self.outcome is None else self.version.label}: {self.decided}")
         return found
@@ -145,10 +156,11 @@ def retrain(
         asked = replicas_of(project, serving, replicas, evaluate_on)
         registered = Registry(registry.tracking_uri())
         answered = act_on_answers(registered, recipe, path, asked, project, watch_seconds)
-        compared = compare(registered, recipe, path, project, force)
+        drifted = look_for_drift(registered, recipe, asked, project)
+        compared = compare(registered, recipe, path, project, force, drifted)
         done = train(recipe, path, compared, registered, force, project, training_seconds)
         decision, outcome = pass_gate(registered, done.version, compared, recipe, path, asked, watch_seconds)
-        return record(registered, Retrained(done.version, done.trained, compared.reasons, decision, outcome, answered, time.monotonic() - began))
+        return record(registered, Retrained(done.version, done.trained, compared.reasons, decision, outcome, answered, drifted, time.monotonic() - began))
 
 
 def replicas_of(project: Project, serving: str | None, urls: Sequence[str] | None, evaluate_on: str | None) -> Replicas:
@@ -193,13 +205,46 @@ def act_on_answers(
 @task(
     cache_policy=NO_CACHE,
     persist_result=False,
+    task_run_name="drift of {recipe.name}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_SECONDS,
+    retry_condition_fn=_is_away,
+)
+def look_for_drift(registered: Registry, recipe: FinetuneRecipe, replicas: Replicas, project: Project) -> Reason | None:
+    """Asks the champion the rows that were approved since its promotion, which it cannot have been trained on. That it cannot be told fails no run; None if the recipe does not ask."""
+    rules, promotion = recipe.drift, recipe.promotion
+    champion = registered.champion(recipe.name) if rules else None
+    if rules is None or champion is None:
+        return None
+    before = promoted(history(registered, recipe.name), (champion.version, champion.digest), promotion.metric)
+    if before is None:
+        return Reason(DRIFT_UNKNOWN, f"how {champion.label} did at its promotion is not on record: it was promoted by force, by hand or by another metric")
+    fresh, file = rows_since(project.resolve(rules.rows), project, before.at), str(rules.rows)
+    if len(fresh) < rules.minimum_rows:
+        return Reason(
+            DRIFT_UNKNOWN,
+            f"{len(fresh)} rows of {file} were approved since {champion.label} was promoted; {rules.minimum_rows} are needed (drift.minimum_rows)",
+        )
+    try:
+        with open_fleet(project, replicas.addresses) as fleet, trial.evaluation_fleet(project, fleet, replicas.evaluate_on, recipe.name) as asked:
+            answers = answers_of(replica_of(asked, recipe.name)[0].url, champion.label, fresh, file)
+        if promotion.metric == "judge" and promotion.judge:
+            answers = graded({champion.label: answers}, promotion.judge, file)[champion.label]
+    except ServingError as error:
+        return Reason(DRIFT_UNKNOWN, f"{champion.label} could not be asked ({str(error).partition(chr(10))[0]})")
+    return drift(champion.label, against_level(answers, before.value, promotion.metric, promotion.confidence), rules)
+
+
+@task(
+    cache_policy=NO_CACHE,
+    persist_result=False,
     task_run_name="what has changed for {recipe.name}",
     retries=RETRIES,
     retry_delay_seconds=RETRY_SECONDS,
     retry_condition_fn=_is_away,
 )
-def compare(registered: Registry, recipe: FinetuneRecipe, path: Path, project: Project, force: bool) -> Compared:
-    """Changes nothing in the registry."""
+def compare(registered: Registry, recipe: FinetuneRecipe, path: Path, project: Project, force: bool, drifted: Reason | None = None) -> Compared:
+    """Changes nothing in the registry. Drift is a reason to train, but never the same inputs again, which would make the same adapter."""
     rows = checked_rows(path, recipe, project)
     with progress("base model") as report:
         base = basemodel.resolve_base_model(recipe.base_model, project, report)
@@ -207,11 +252,12 @@ def compare(registered: Registry, recipe: FinetuneRecipe, path: Path, project: P
     inputs = lineage.inputs_of(recipe, base, rows)
     if force:
         return Compared((Reason("forced", "asked for by --force"),), None, rows.digest)
+    worse = (drifted,) if drifted and drifted.code == DRIFTED else ()
     if same := registered.trained(recipe.name, inputs.digest):
-        return Compared((), same, rows.digest)
+        return Compared(worse, same, rows.digest)
     newest = registered.newest(recipe.name)
     now = lineage_now(registry.flat(recipe.model_dump(mode="json")), lineage.lineage_of(recipe, inputs, project.root))
-    found = changes(registered.lineage(newest) if newest else None, now, newest.label if newest else "")
+    found = (*changes(registered.lineage(newest) if newest else None, now, newest.label if newest else ""), *worse)
     return Compared(found, None if due(found) else newest, rows.digest)
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from pipeline import comparison
-from pipeline.comparison import Comparison, compare, worst
+from pipeline.comparison import Comparison, against_level, compare, worst
 from pipeline.errors import InvalidInput
 from pipeline.evaluation import Answer, Evaluation
 from pipeline.example import Example
@@ -83,3 +83,14 @@ def test_the_worst_regressions_come_first() -> None:
     ours, theirs = answered(examples, [False, True, False, False]), answered(examples, [False, False, True, True])
     assert [pair[0].example.row for pair in worst(ours, theirs, "score", 5)] == [2, 3]
     assert len(worst(ours, theirs, "score", 1)) == 1
+
+
+def test_a_level_of_before_is_compared_with_as_a_number() -> None:
+    found = against_level(answered(rows(40), [True] * 24 + [False] * 16), 0.95, "score", 0.95)
+    assert (found.examples, found.mean, found.other_mean, found.gain) == (
+        40,
+        0.6,
+        pytest.approx(0.95),
+        pytest.approx(-0.35),
+    ) and found.low < -0.35 < found.high < 0
+    assert against_level(answered(rows(40), [True] * 40), 1.0, "score", 0.95).high == 0

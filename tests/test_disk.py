@@ -186,6 +186,12 @@ def test_a_fetched_adapter_is_enough_to_know_the_registry_by(project: Project) -
     assert can_go(survey(project, disk.know(Remade(), frozenset())), disk.SERVED) == set()
 
 
+def test_samples_are_shown_and_left_to_their_server(project: Project) -> None:
+    put(project.samples / "tiny" / "2020-01-01.jsonl", 2000)
+    entries = survey(project, days=0, unregistered=True)
+    assert can_go(entries, disk.SAMPLES) == set() and "delete the folder yourself" in reason(entries, "tiny", disk.SAMPLES)
+
+
 def test_removal_takes_what_was_listed_and_nothing_else(full: Project) -> None:
     before = snapshot(full.root)
     entries = survey(full)

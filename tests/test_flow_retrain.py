@@ -28,6 +28,7 @@ from pipeline.preflight import checked_rows
 from pipeline.project import Project
 from pipeline.recipe import FinetuneRecipe, dump_recipe, load_recipe
 from pipeline.registry import Registry, Version, flat
+from pipeline.trial import evaluation_fleet
 from pipeline.version import APPROVAL_TAG, DECIDED_TAG, RETRAINED_TAG
 from pipeline.watch import Watched
 from tests.conftest import row, write_adapter, write_counting_base, write_rows
@@ -144,6 +145,7 @@ def world(project: Project, empty_store: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(flow, "at_work", at_work)
     monkeypatch.setattr(flow, "finetune", made)
     monkeypatch.setattr(flow, "compare", flow.compare.fn)
+    monkeypatch.setattr(flow, "look_for_drift", flow.look_for_drift.fn)
     monkeypatch.setattr(flow, "record", flow.record.fn)
     monkeypatch.setattr(flow, "promote", flow.promote.fn)
     monkeypatch.setattr(flow, "approve", flow.approve.fn)
@@ -341,3 +343,105 @@ def test_a_recipe_that_asks_for_no_approval_any_more_promotes_what_waits(world: 
     asking(world)
     world.write()
     assert "asks for no approval any more" in world.run().answered[0] and world.registry.champion_number("shop") == "1"
+
+
+DRIFT = RECIPE + "drift: {rows: fresh.jsonl, minimum_rows: 10}\n"
+
+
+def approved_rows(world: World, count: int, at: str = "2100-01-01T00:00:00+00:00") -> None:
+    rows = [row(f"fresh{number}", None, f"fresh{number}?", provenance={"approved_at": at}) for number in range(count)]
+    write_rows(world.project.root / "fresh.jsonl", rows)
+
+
+@pytest.fixture
+def asked(world: World, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which names were asked the fresh rows; every second answer is right."""
+    names: list[str] = []
+
+    def answers_of(url: str, name: str, questions: Any, file: str) -> Evaluation:
+        assert (url, file) == (REPLICA, "fresh.jsonl")
+        names.append(name)
+        return Evaluation(tuple(Answer(each, each.answer if number % 2 else "?", name) for number, each in enumerate(questions)))
+
+    monkeypatch.setattr(flow, "open_fleet", promote_flow.open_fleet)
+    monkeypatch.setattr(flow, "replica_of", lambda fleet, name: (fleet.replicas[0], "base"))
+    monkeypatch.setattr(flow, "answers_of", answers_of)
+    return names
+
+
+def test_a_champion_that_got_worse_on_what_people_approve_is_told_and_a_reason_to_train(
+    world: World, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.write(DRIFT)
+    first = world.run()
+    assert first.drift is None and first.decided.code == "promoted" and not asked
+    nothing_yet = world.run()
+    assert nothing_yet.drift and nothing_yet.drift.code == "drift-unknown" and "0 rows of fresh.jsonl" in nothing_yet.drift.message
+    approved_rows(world, 20)
+    same = world.run()
+    assert (
+        same.drift and same.drift.code == "drifted" and "shop/1 on 20 rows approved since its promotion: 50.0%, at its promotion 100.0%" in same.drift.message
+    )
+    assert [each["code"] for each in same.as_dict()["changes"]] == ["drifted"] and same.as_dict()["drift"]["code"] == "drifted"
+    assert same.did_nothing and world.trained == 1, "the same inputs would make the same adapter"
+    assert same.lines()[0].startswith("drift: shop/1 on 20 rows") and "nothing to train: shop/1, rows, base" in same.lines()[1]
+    world.write(DRIFT, train=9)
+    more = world.run()
+    assert (more.trained, [each.code for each in more.reasons], asked) == (True, ["rows-added", "drifted"], ["shop/1", "shop/1"])
+    assert "(rows-added)" in world.registry.tags(more.version)[RETRAINED_TAG] and "(drifted)" in world.registry.tags(more.version)[RETRAINED_TAG]
+    versions = lineage.versions()
+    monkeypatch.setattr(lineage, "versions", lambda: {**versions, "version.torch": "9.9"})
+    libraries = world.run()
+    assert libraries.trained and [each.code for each in libraries.reasons] == ["libraries-changed", "drifted"], "other inputs than before, if only by a library"
+
+
+def test_what_was_approved_before_the_promotion_tells_nothing(world: World, asked: list[str]) -> None:
+    approved_rows(world, 20, at="2020-01-01T00:00:00+00:00")
+    world.write(DRIFT)
+    world.run()
+    found = world.run()
+    assert found.drift and found.drift.code == "drift-unknown" and not asked and found.did_nothing
+
+
+def test_drift_that_cannot_be_told_fails_no_run(world: World, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    world.write(DRIFT)
+    world.run()
+    approved_rows(world, 20)
+
+    def away(*_: Any, **__: Any) -> Fleet:
+        raise ServingError("no ready replica follows shop\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flow, "replica_of", away)
+        found = world.run()
+    assert found.drift == Reason("drift-unknown", "shop/1 could not be asked (no ready replica follows shop)") and found.reasons == ()
+    registry = world.registry
+    forced = registry.champion("shop")
+    assert forced
+    registry.move_champion("shop", None)
+    with fleet_of({REPLICA: FakeReplica(world.models)}) as fleet:
+        lock = promote_flow.model_lock(world.project, "promote", "shop")
+        for entry, _, _ in registry.entries("shop"):
+            registry.close_entry(entry, {"scores": ""})
+        promotion.promote(registry, forced, fleet, lock)
+    found = world.run()
+    assert found.drift and "is not on record" in found.drift.message and not asked
+    (world.project.root / "fresh.jsonl").write_text("{", "utf-8")
+    assert world.run().drift == found.drift
+
+
+def test_the_replica_for_evaluations_is_asked(world: World, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    world.write(DRIFT)
+    world.run()
+    approved_rows(world, 20)
+    monkeypatch.setattr("pipeline.trial.open_fleet", promote_flow.open_fleet)
+    named = []
+
+    @contextlib.contextmanager
+    def noted(project: Project, fleet: Fleet, address: str | None, name: str) -> Iterator[Fleet]:
+        named.append(address)
+        with evaluation_fleet(project, fleet, address, name) as own:
+            yield own
+
+    monkeypatch.setattr(flow.trial, "evaluation_fleet", noted)
+    assert world.run(evaluate_on="http://b:1").drift and named == ["http://b:1"] and asked == ["shop/1"]

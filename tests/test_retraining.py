@@ -1,12 +1,15 @@
 """What is a reason to train, and when a version still has to pass the gate: tables."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from pipeline.comparison import Comparison
+from pipeline.decision import Reason
 from pipeline.history import Entry, Grounds
-from pipeline.recipe import Judge, PromotionRules, WatchRules
-from pipeline.retraining import changes, due, gate_digest, gate_step, lineage_now
+from pipeline.recipe import DriftRules, Judge, PromotionRules, WatchRules
+from pipeline.retraining import Promoted, changes, drift, due, gate_digest, gate_step, lineage_now, promoted
 
 PARAMS = {
     "name": "shop",
@@ -125,3 +128,38 @@ FIRST = entry("promoted", "1", None, "1", "g0")
 def test_a_version_is_compared_once_on_the_same_grounds(newer: list[Entry], champion: str | None, asked: bool, step: str, code: str) -> None:
     found, reason = gate_step(("2", "digest2"), champion, [*newer, FIRST], "g", asked=asked)
     assert (found, reason.code) == (step, code), reason
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "code"),
+    [
+        (0.90, -0.10, -0.02, "drifted"),
+        (0.95, -0.09, -0.01, "drifted"),  # exactly the drop
+        (0.96, -0.06, -0.02, "no-drift"),  # surely worse, by less than the drop
+        (0.80, -0.50, 0.01, "no-drift"),  # much worse, but not surely
+        (1.00, -0.01, 0.01, "no-drift"),
+        (0.80, float("nan"), float("nan"), "no-drift"),
+    ],
+)
+def test_drift_is_a_fall_that_is_large_and_sure(mean: float, low: float, high: float, code: str) -> None:
+    now = Comparison("", 40, mean, 1.0, round(mean - 1.0, 9), low, high)
+    found = drift("shop/3", now, DriftRules(rows=Path("x.jsonl"), drop=0.05))
+    assert found.code == code and f"shop/3 on 40 rows approved since its promotion: {mean:.1%}, at its promotion 100.0%" in found.message
+
+
+def test_drift_is_a_reason_to_train_and_what_says_nothing_of_it_is_none() -> None:
+    library = Reason("libraries-changed", "")
+    assert due([library, Reason("drifted", "")]) and not due([library])
+    assert [reason.code for reason in changes(before(drift="None"), lineage_now({**PARAMS, "drift.rows": "x"}, TAGS))] == ["libraries-changed"]
+
+
+def test_a_champions_value_is_that_of_its_last_measured_promotion() -> None:
+    def entry(at: float, action: str, version: str, scores: str, digest: str = "d3", **more: bool) -> Entry:
+        return Entry("e", at, action, version, digest, "2", version, Grounds("me", scores=scores), **more)  # type: ignore[arg-type]
+
+    scores = '{"score": {"version": 0.93, "champion": 0.5}}'
+    told = [entry(9.0, "promoted", "3", scores, open=True), entry(8.0, "kept", "3", scores), entry(7.0, "promoted", "4", scores, "d4")]
+    measured = [entry(6.0, "promoted", "3", ""), entry(5.0, "promoted", "3", scores), entry(4.0, "promoted", "3", '{"score": {"version": 0.1}}')]
+    assert promoted([*told, *measured], ("3", "d3"), "score") == Promoted(5.0, 0.93)
+    assert promoted(told, ("3", "d3"), "score") is None
+    assert promoted(measured, ("3", "other"), "score") is None and promoted(measured, ("3", "d3"), "token_f1") is None

@@ -45,7 +45,8 @@ def retrain(
     again after a crash, and it goes on from the last finished stage. `tuneserve schedule` has it run by itself.
 
     With `promotion.approval: manual` in the recipe a better version asks for approval instead; this also acts on the answers: `tuneserve approve`, `tuneserve
-    reject`, or the version's tag `tuneserve.approval` in MLflow. Replicas: as `tuneserve promote`.
+    reject`, or the version's tag `tuneserve.approval` in MLflow. With `drift` in the recipe it asks the champion what people approved since its promotion
+    (`tuneserve feedback`), and says whether it got worse. Replicas: as `tuneserve promote`.
     """
     from pipeline.recipe import FinetuneRecipe, load_recipe
 

@@ -5,7 +5,7 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from pipeline.split import Split, read_split
 if TYPE_CHECKING:
     from pipeline.inspection import Inspection
 
-__all__ = ["IMAGE_TAG", "Check", "Dataset", "Deep", "Example", "check_dataset", "load_dataset", "read_examples", "write_swift_rows"]
+__all__ = ["IMAGE_TAG", "Check", "Dataset", "Deep", "Example", "check_dataset", "load_dataset", "plain", "question_keys", "read_examples", "write_swift_rows"]
 
 BATCH_ROWS = 1024
 """Rows written at a time."""
@@ -206,13 +206,18 @@ def _keys_of_equals(examples: Sequence[Example], digest_of: Callable[[Path], str
     rough: list[tuple[Any, ...]] = []
     for example in examples:
         sizes |= {image: image.stat().st_size for image in example.images if image not in sizes}
-        turns = (text for message in example.messages for text in (message["role"], _plain(message["content"])))
+        turns = (text for message in example.messages for text in (message["role"], plain(message["content"])))
         rough.append((*turns, *map(sizes.get, example.images)))
     counts = Counter(rough)
     return [_digest_of([key, [*map(digest_of, example.images)]]) if counts[key] > 1 else "" for example, key in zip(examples, rough, strict=True)]
 
 
-def _plain(text: str) -> str:
+def question_keys(examples: Sequence[Example]) -> list[str]:
+    """A digest of question and images, whatever the answer, for each row that may ask what another asks, '' for one that cannot."""
+    return _keys_of_equals([replace(example, messages=example.prompt) for example in examples], _ImageDigests({}))
+
+
+def plain(text: str) -> str:
     """What equal texts have in common: written with other white space around them or with accents apart they are still equal."""
     return unicodedata.normalize("NFC", text).strip()
 

@@ -26,7 +26,7 @@ from pipeline.serving.local_adapters import UNFINISHED
 from pipeline.serving.settings import SETTINGS_VARIABLE
 from pipeline.training import LEASE
 
-BASES, CACHES, RUNS, LOGS, SERVED, ARTIFACTS = CATEGORIES = ("bases", "caches", "runs", "logs", "served adapters", "registry artifacts")
+BASES, CACHES, RUNS, LOGS, SERVED, SAMPLES, ARTIFACTS = CATEGORIES = ("bases", "caches", "runs", "logs", "served adapters", "samples", "registry artifacts")
 logger = logging.getLogger(__name__)
 GONE = ".gone-"
 """What a name starts with once its folder is being removed."""
@@ -50,6 +50,9 @@ class Verdict:
     reason: str
     locks: tuple[Path, ...] = ()
     no_training: bool = False
+
+
+KEPT = Verdict("answered requests", False, "its server lets them go by their age (sampling.keep_days); delete the folder yourself once it samples no more")
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ def survey(project: Project, known: Known | None, *, unknown: str, artifacts_our
         *runs,
         *_entries(LOGS, _listing(project, project.logs), lambda path, _: _judge_log(project, path, going)),
         *_entries(SERVED, served, lambda path, _: _judge_served(project, path, known, unknown, active)),
+        *_entries(SAMPLES, _listing(project, project.samples), lambda path, _: KEPT),
         *_entries(ARTIFACTS, _artifact_folders(project), lambda path, age_days: _judge_artifacts(path, age_days, artifacts_known, unknown, limits)),
     ]
     return sorted(found, key=lambda entry: (CATEGORIES.index(entry.category), -entry.size_bytes, entry.path))

@@ -10,7 +10,8 @@ from typing import Any, TypeGuard
 
 IMAGE_TAG = "<image>"
 ROLES = ("system", "user", "assistant")
-ROW_KEYS = ("messages", "images", "kind", "slice", "rejected_response", "weight")
+ROW_KEYS = ("messages", "images", "kind", "slice", "rejected_response", "weight", "provenance")
+"""`provenance` says where a row comes from, in any words or as an object; nothing is trained on it."""
 FLAT_KEYS = ("system", "question", "answer")
 """Instead of `messages`: one question and its answer; images without tags stand in front of the question. `image` is one path (or a list) instead of `images`."""
 GLM_TOKENS = (
@@ -96,6 +97,8 @@ def _key_faults(row: dict[Any, Any]) -> list[Found]:
     faults += [(f".{key}", fault) for key in ("kind", "slice") if (fault := _name_fault(row.get(key, "")))]
     if "weight" in row and not _is_weight(row["weight"]):
         faults.append((".weight", f"{repr(row['weight'])[:40]} is not a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"))
+    if not isinstance(row.get("provenance", {}), dict | str):
+        faults.append((".provenance", "must be an object or a string"))
     if "image" in row and "images" in row:
         faults.append((".image", "stands beside images; give one or the other"))
     if "messages" in row:

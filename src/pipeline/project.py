@@ -47,6 +47,16 @@ class Project:
         return self.state / "in-use.lock"
 
     @property
+    def feedback(self) -> Path:
+        """What people say of the answers that were kept."""
+        return self.state / "feedback"
+
+    @property
+    def samples(self) -> Path:
+        """Answered requests that servers kept, a folder per server (sample.py)."""
+        return self.feedback / "samples"
+
+    @property
     def images(self) -> Path:
         """Pictures that lay inside a table of rows, named by the digest of their bytes."""
         return self.state / "cache" / "images"

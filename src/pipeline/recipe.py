@@ -235,6 +235,17 @@ class PromotionRules(Section):
             yield "metric: judge needs promotion.judge with url and model; add it, or choose another metric"
 
 
+class DriftRules(Section):
+    """When the champion has become worse than it was: `tuneserve retrain` asks it the rows that people approved since its promotion."""
+
+    rows: Path
+    """The file that `tuneserve feedback export` writes; of it, what was approved since the champion was promoted."""
+    drop: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """How far the promotion's metric must be below what it was on the held-out rows at promotion; and it must surely be below it (`promotion.confidence`)."""
+    minimum_rows: Annotated[int, Field(ge=2)] = 30
+    """Fewer tell nothing."""
+
+
 class FinetuneRecipe(Section):
     """One training run: what to train, on which rows, how, and the name it is registered and served under."""
 
@@ -253,6 +264,8 @@ class FinetuneRecipe(Section):
     dpo: Dpo | None = None
     """Settings of method: dpo."""
     promotion: PromotionRules = PromotionRules()
+    drift: DriftRules | None = None
+    """None: it is not looked for."""
     licence: str | None = None
     """Of the adapter, as its model card should say it; what the base's and the data's licences allow is yours to know."""
 
@@ -292,6 +305,25 @@ class ServedLora(Section):
     def wraps_experts(self) -> bool:
         """Whether routed experts take adapters."""
         return any(module.rpartition(".")[2] == "experts" for module in self.target_modules)
+
+
+class Sampling(Section):
+    """Which answered requests a server keeps for `tuneserve feedback`, in .tuneserve/feedback/samples: questions, answers and the version, readable by its owner alone.
+
+    Headers, users and every other field of a request are never kept, nor are requests for a version by its number, whose pictures are elsewhere (URLs), or with tools.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Of the chat requests that adapters answer."""
+    keep_days: Annotated[int, Field(ge=1, le=3650)] = 30
+    """At most so many days (UTC) a sample is kept, while a server with this setting runs."""
+    keep_images: bool = False
+    """Also keeps the pictures, each once; without them only their digests are known, and nothing that was asked about a picture can be trained on."""
+    max_gib: Annotated[float, Field(gt=0, le=1024)] = 1.0
+    """Disk for one server's samples. The oldest days go first; if today's alone are as many, new ones are dropped."""
+    redact: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")] | None = None
+    """A function, as module.function, that gets each sample as a dict and returns it with `messages`, `answer` or `images` changed, or None to leave it out; what it
+    fails on is left out. It runs in a process of its own and is imported from the project's folder. None: samples are kept as they are."""
 
 
 class ServingRecipe(Section):
@@ -365,6 +397,8 @@ class ServingRecipe(Section):
     not slowed. A version on trial is still loaded by every replica that follows its model, but only this one is waited for and asked. None: one of `replicas`."""
     unreachable_replicas: Literal["report", "fail"] = "report"
     """What a promotion does about replicas that cannot be reached: they look at the registry before they are ready, so it is enough to report them; or it fails."""
+    sampling: Sampling | None = None
+    """None: no request is kept."""
     lora: ServedLora = ServedLora()
 
     def broken_relations(self) -> Iterator[str]:

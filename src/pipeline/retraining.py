@@ -8,16 +8,18 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.comparison import Comparison
 from pipeline.decision import Reason
 from pipeline.history import Entry
-from pipeline.recipe import FinetuneRecipe, PromotionRules
+from pipeline.recipe import DriftRules, FinetuneRecipe, PromotionRules
 
 LIBRARIES = "libraries-changed"
 """The code of the one change that is told and is no reason to train: a patched library must not cost a training. --force trains anew."""
 CHECKPOINT_STEPS, EARLY_STOPPING = "training.checkpoint_steps", "training.early_stopping"
-UNDECIDING = ("name", "base_model", "licence", "dataset.", "promotion.", "training.offload_checkpoints", CHECKPOINT_STEPS)
+UNDECIDING = ("name", "base_model", "licence", "dataset.", "promotion.", "drift", "training.offload_checkpoints", CHECKPOINT_STEPS)
 """Beginnings of recipe keys that do not change what a training makes (checkpoints do where early stopping chooses one). Rows and base are told by their digests."""
 NOT_ON_RECORD = "not on record"
 MAX_PARAM_CHARACTERS = 6000
@@ -25,6 +27,8 @@ MAX_PARAM_CHARACTERS = 6000
 UNSERVED_RULES = frozenset({"approval", "approval_days", "watch"})
 """Promotion rules that say what follows the comparison, not how it comes out."""
 SHOWN_CHARACTERS = 60
+
+DRIFTED, NO_DRIFT, DRIFT_UNKNOWN = "drifted", "no-drift", "drift-unknown"
 
 GateStep = Literal["gate", "nothing"]
 
@@ -89,6 +93,31 @@ def _libraries(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 def _short(value: str) -> str:
     return value if len(value) <= SHOWN_CHARACTERS else f"{value[:SHOWN_CHARACTERS]}..."
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """When a version was made champion on grounds that were measured, unix time, and its value of the metric then."""
+
+    at: float
+    value: float
+
+
+def promoted(entries: Sequence[Entry], version: tuple[str, str], metric: str) -> Promoted | None:
+    """The last time for this version (number and digest); None if it only became champion by force, by hand or by another metric. `entries` as `history` gives them."""
+    for entry in entries:
+        if entry.action == "promoted" and not entry.open and (entry.version, entry.digest) == version:
+            try:
+                return Promoted(entry.at, float(json.loads(entry.grounds.scores)[metric]["version"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+    return None
+
+
+def drift(label: str, now: Comparison, rules: DriftRules) -> Reason:
+    """Whether the champion `label` has become worse: by `rules.drop` in the mean, and surely worse at all. `now` is it on rows approved since, against its value at promotion."""
+    said = f"{label} on {now.examples} rows approved since its promotion: {now.mean:.1%}, at its promotion {now.other_mean:.1%}, {now.gain:+.1%} [{now.low:+.1%}, {now.high:+.1%}]"
+    return Reason(DRIFTED if now.gain <= -rules.drop and now.high < 0 else NO_DRIFT, said)
 
 
 def gate_digest(version_digest: str, champion_digest: str | None, dataset_digest: str, rules: PromotionRules) -> str:

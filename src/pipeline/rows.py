@@ -214,14 +214,18 @@ def _stored(image: Any, project: Project) -> Any:
     content = image.get("bytes")
     if not isinstance(content, bytes):
         return image.get("path")
-    ending = next((ending for start, ending in IMAGE_ENDINGS.items() if content.startswith(start)), "bin")
-    path = project.images / f"{hashlib.sha256(content).hexdigest()}.{ending}"
+    path = project.images / f"{hashlib.sha256(content).hexdigest()}.{image_ending(content)}"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         draft.write_bytes(content)
         draft.replace(path)
     return str(path)
+
+
+def image_ending(content: bytes) -> str:
+    """What a file with a picture of these bytes is called after the dot; bin if they are of no kind that we know."""
+    return next((ending for start, ending in IMAGE_ENDINGS.items() if content.startswith(start)), "bin")
 
 
 def _refused(path: Path, project: Project, message: str) -> InvalidInput:

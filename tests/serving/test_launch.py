@@ -9,8 +9,8 @@ from pipeline.basemodel import TEMPLATE_FILE, BaseModel
 from pipeline.errors import ServingError
 from pipeline.process import GRACE_SECONDS
 from pipeline.project import Project
-from pipeline.recipe import ServingRecipe, load_recipe
-from pipeline.serving.launch import END_GRACE_SECONDS, adapters_token, replica, serve_args, serve_environment
+from pipeline.recipe import Sampling, ServingRecipe, load_recipe
+from pipeline.serving.launch import END_GRACE_SECONDS, adapters_token, replica, sampling_settings, serve_args, serve_environment
 from pipeline.serving.settings import SETTINGS_VARIABLE
 from tests.conftest import ROOT
 
@@ -89,3 +89,17 @@ def test_the_token_is_made_once_and_is_its_owners_only(project: Project) -> None
     first = path.read_text("utf-8")
     assert adapters_token(project).read_text("utf-8") == first and len(first) >= 32
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_what_is_sampled_is_what_the_recipe_says(project: Project) -> None:
+    assert EMBEDDED.sampling is None, "off by default"
+    asked = Sampling(share=0.25, keep_days=7, max_gib=0.5, redact="shop.redact")
+    found = sampling_settings(asked, project.samples / "tiny-cpu")
+    assert found.model_dump() == {
+        "folder": project.root / ".tuneserve/feedback/samples/tiny-cpu",
+        "share": 0.25,
+        "keep_days": 7,
+        "keep_images": False,
+        "max_bytes": 2**29,
+        "redact": "shop.redact",
+    }

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.contract
 vllm = pytest.importorskip("vllm")
 
 from fastapi import FastAPI  # noqa: E402
+from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402
 from vllm import envs  # noqa: E402
@@ -26,7 +27,15 @@ from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES  # noqa: E402
 from vllm.engine.protocol import EngineClient  # noqa: E402
 from vllm.entrypoints.launchers.api_server import app_state  # noqa: E402
 from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: E402
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest  # noqa: E402
+from vllm.entrypoints.openai.chat_completion.api_router import router as chat_router  # noqa: E402
+from vllm.entrypoints.openai.chat_completion.protocol import (  # noqa: E402
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ChatCompletionResponseChoice,
+    ChatCompletionResponseStreamChoice,
+    ChatCompletionStreamResponse,
+    ChatMessage,
+)
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat  # noqa: E402
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: E402
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion  # noqa: E402
@@ -34,6 +43,7 @@ from vllm.entrypoints.openai.models.api_router import attach_router  # noqa: E40
 from vllm.entrypoints.openai.models.protocol import BaseModelPath  # noqa: E402
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels  # noqa: E402
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses  # noqa: E402
+from vllm.entrypoints.serve.engine.protocol import UsageInfo  # noqa: E402
 from vllm.entrypoints.serve.engine.serving import BaseServing  # noqa: E402
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response  # noqa: E402
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError  # noqa: E402
@@ -59,12 +69,15 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin  # noqa:
 
 from pipeline.errors import ServingError  # noqa: E402
 from pipeline.recipe import ServingRecipe, load_recipe  # noqa: E402
+from pipeline.sample import read_samples  # noqa: E402
 from pipeline.serving import cpu_lora, cpu_moe, hooks, plugin, worker_report  # noqa: E402
 from pipeline.serving.engine import ServedAdapter  # noqa: E402
 from pipeline.serving.hint import new_hint  # noqa: E402
 from pipeline.serving.launch import serve_args  # noqa: E402
 from pipeline.serving.metrics import VLLM_LORA_INFO, Metrics  # noqa: E402
 from pipeline.serving.routing import Route  # noqa: E402
+from pipeline.serving.sampling import SAMPLED_PATH, Sampler  # noqa: E402
+from pipeline.serving.settings import SamplingSettings  # noqa: E402
 from pipeline.serving.traffic import Request, Traffic  # noqa: E402
 from pipeline.serving.vllm_engine import PROMPT, VllmEngine  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
@@ -342,6 +355,26 @@ def test_refusal_ends_the_servers_start(monkeypatch):
         attach_endpoint_plugins(app, ("generate",))
 
 
+@pytest.mark.parametrize(("redact", "ends"), [(None, False), ("nowhere.redact", True)])
+def test_sampling_starts_with_the_server_or_ends_its_start(tmp_path, monkeypatch, redact, ends):
+    (tmp_path / "token").write_text("sesame\n")
+    sampling = {"folder": str(tmp_path / "s/a"), "share": 0.5, "keep_days": 1, "keep_images": False, "max_bytes": 10**6, "redact": redact}
+    settings = {"mlflow_uri": "http://127.0.0.1:9", "models": [], "base_revision": "b", "template_digest": "t", "sampling": sampling}
+    (tmp_path / "follower.json").write_text(json.dumps({**settings, "state_dir": str(tmp_path / "state"), "token_file": str(tmp_path / "token")}))
+    monkeypatch.setenv("TUNESERVE_FOLLOWER", str(tmp_path / "follower.json"))
+    registry = CollectorRegistry()
+    monkeypatch.setattr(plugin, "get_prometheus_registry", lambda: registry)
+    app = FastAPI()
+    app.state.args = Namespace(enable_lora=True, api_server_count=None)
+    if ends:
+        with pytest.raises(ServingError, match=r"nowhere\.redact cannot be imported"):
+            plugin.AdapterFollower().attach_router(app)
+        return
+    plugin.AdapterFollower().attach_router(app)
+    assert 'tuneserve_samples_total{outcome="busy"} 0.0' in generate_latest(registry).decode()
+    assert next(each for each in app.user_middleware if each.cls is hooks.Tracing).kwargs["sampler"] is not None
+
+
 def test_faulty_settings_end_the_servers_start(tmp_path):
     for environment, says in (({}, "TUNESERVE_FOLLOWER: not set"), ({"TUNESERVE_FOLLOWER": str(tmp_path / "none")}, "not the follower's settings")):
         with pytest.raises(ServingError, match=says):
@@ -526,6 +559,67 @@ def test_generations_are_counted_and_measured_however_they_end(tmp_path):
         'tuneserve_slot_misses_total{served="catalog",version="1"} 1.0',
     ):
         assert line in shown
+
+
+@pytest.fixture
+def sampled(tmp_path, hooked):
+    """A client of vLLM's kind of application whose answers, made by vLLM's own types, are sampled; what was sampled of each; and how much was."""
+    names, serving = hooked
+    names.set("catalog", {name: Route("catalog", adapter(tmp_path, "1")) for name in ("catalog", "catalog/1")})
+    metrics = Metrics(CollectorRegistry())
+    sampler = Sampler(SamplingSettings(folder=tmp_path / "s/a", share=1, keep_days=1, keep_images=True, max_bytes=10**6), metrics.sampled)
+    sampler.start()
+    app = FastAPI()
+    hooks.install(app, Traffic(2), metrics, None, sampler)
+
+    @app.post(SAMPLED_PATH)
+    async def answer(request: ChatCompletionRequest):
+        lora = BaseServing._maybe_get_adapters(serving, request)
+        model = lora.lora_name if lora else request.model
+        if not request.stream:
+            choice = ChatCompletionResponseChoice(index=0, message=ChatMessage(role="assistant", content="Azul tote"), finish_reason="stop")
+            return JSONResponse(ChatCompletionResponse(model=model, choices=[choice], usage=UsageInfo()).model_dump())
+
+        async def events():
+            for text, finish in (("Azul", None), (" tote", None), ("", "stop")):
+                choice = ChatCompletionResponseStreamChoice(index=0, delta={"content": text}, finish_reason=finish)
+                event = ChatCompletionStreamResponse(id="chatcmpl-1", model=model, choices=[choice])
+                yield f"data: {event.model_dump_json(exclude_unset=True)}\n\n"
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    def outcomes():
+        found = {each.labels["outcome"]: each.value for each in next(iter(metrics.samples.collect())).samples if each.name.endswith("_total")}
+        return found
+
+    def wait(count):
+        deadline = time.monotonic() + 20
+        while sum(outcomes().values()) < count:
+            assert time.monotonic() < deadline, outcomes()
+            time.sleep(0.01)
+        return outcomes(), [each for each, _ in read_samples(tmp_path / "s")]
+
+    return TestClient(app), wait
+
+
+def test_what_vllm_answers_is_sampled_whole_and_without_what_the_request_says_beside_its_messages(sampled):
+    http, wait = sampled
+    turns = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw=="}}, {"type": "text", "text": "What?"}]}]
+    secret = {"Authorization": "Bearer sk-secret", "X-Api-Key": "sk-secret", "Cookie": "sk-secret"}
+    for model, stream in (("catalog", False), ("catalog", True), ("catalog/1", False), ("glm-4.5v", False)):
+        body = {"model": model, "messages": turns, "stream": stream, "user": "sk-secret"}
+        assert http.post(SAMPLED_PATH, json=body, headers=secret).status_code == 200
+    assert http.post(SAMPLED_PATH, json={"model": "catalog"}, headers=secret).status_code == 422
+    outcomes, samples = wait(2)
+    assert outcomes == {"kept": 2.0} and len(samples) == 2
+    for sample in samples:
+        assert (sample.answer, sample.finish, sample.question, sample.name) == ("Azul tote", "stop", "<image>What?", "catalog")
+        assert sample.answered_by.startswith("catalog/1@") and sample.answer_id.startswith("chatcmpl-") and "secret" not in sample.model_dump_json()
+
+
+def test_the_sampled_path_is_where_vllm_answers_chats():
+    assert SAMPLED_PATH in [route.path for route in chat_router.routes]
 
 
 def test_fingerprint_asks_for_what_vllm_gives(tmp_path):

@@ -2,7 +2,7 @@
 
 - `BaseServing._maybe_get_adapters`, replaced in its class: sees the model that a request names and its `user`, and chooses the adapter.
 - `engine_client.generate`, replaced on the instance: sees every generation, its adapter, first output and final metrics.
-- an ASGI middleware: sees every HTTP request's arrival, one header, and its status.
+- an ASGI middleware: sees every HTTP request's arrival, one header, and its status; of those that are sampled (sampling.py) body and answer too.
 
 What one knows of a request reaches the others through a ContextVar: vLLM's handlers run in the context of the request's own task.
 """
@@ -29,6 +29,7 @@ from vllm.outputs import RequestOutput
 from pipeline.serving.engine import ServedAdapter
 from pipeline.serving.metrics import BASE_VERSION, UNKNOWN, Metrics
 from pipeline.serving.routing import Route, SwitchedOff, choose
+from pipeline.serving.sampling import Sampler
 from pipeline.serving.traffic import Request, Traffic
 
 REQUEST: ContextVar[Request | None] = ContextVar("tuneserve request", default=None)
@@ -71,8 +72,8 @@ class NameTable:
 class Tracing:
     """The middleware. POST requests only: nothing else generates."""
 
-    def __init__(self, app: ASGIApp, traffic: Traffic, metrics: Metrics, sticky_header: str | None) -> None:
-        self._app, self._traffic, self._metrics = app, traffic, metrics
+    def __init__(self, app: ASGIApp, traffic: Traffic, metrics: Metrics, sticky_header: str | None, sampler: Sampler | None = None) -> None:
+        self._app, self._traffic, self._metrics, self._sampler = app, traffic, metrics, sampler
         self._header = sticky_header.lower().encode() if sticky_header else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,9 +86,18 @@ class Tracing:
         REQUEST.set(request)
         traffic.open(request)
         status = 0
+        recording = self._sampler.begin(scope["path"]) if self._sampler else None
+
+        async def heard() -> Message:
+            message = await receive()
+            if recording:
+                recording.heard(message)
+            return message
 
         async def seen(message: Message) -> None:
             nonlocal status
+            if recording:
+                recording.said(message)
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if status >= HTTPStatus.BAD_REQUEST:
@@ -95,18 +105,20 @@ class Tracing:
             await send(message)
 
         try:
-            await self._app(scope, receive, seen)
+            await self._app(scope, heard if recording else receive, seen)
         except Exception:
             if not status:
                 self._metrics.http_error(request, HTTPStatus.INTERNAL_SERVER_ERROR)
             raise
         finally:
             traffic.close(request)
+            if recording:
+                recording.end(request, status)
 
 
-def install(app: FastAPI, traffic: Traffic, metrics: Metrics, sticky_header: str | None) -> None:
+def install(app: FastAPI, traffic: Traffic, metrics: Metrics, sticky_header: str | None, sampler: Sampler | None = None) -> None:
     """Adds the middleware; while the application is being built."""
-    app.add_middleware(Tracing, traffic=traffic, metrics=metrics, sticky_header=sticky_header)
+    app.add_middleware(Tracing, traffic=traffic, metrics=metrics, sticky_header=sticky_header, sampler=sampler)
 
 
 def choose_adapters(names: NameTable, models: OpenAIServingModels) -> None:
@@ -123,7 +135,7 @@ def choose_adapters(names: NameTable, models: OpenAIServingModels) -> None:
             found: LoRARequest | None = original(serving, request, *args, **kwargs)
             return found
         if ours:
-            ours.served = route.name
+            ours.served, ours.by_name = route.name, request.model == route.name
         try:
             adapter = choose(route, _caller(request, ours), _drawn(ours))
         except SwitchedOff as error:

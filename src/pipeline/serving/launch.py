@@ -12,9 +12,9 @@ from pathlib import Path
 from pipeline.basemodel import TEMPLATE_FILE, BaseModel, template_digest
 from pipeline.errors import ServingError
 from pipeline.project import Project
-from pipeline.recipe import ServingRecipe, dump_recipe
+from pipeline.recipe import Sampling, ServingRecipe, dump_recipe
 from pipeline.services import Service, free_port, require_free_port, service
-from pipeline.serving.settings import SETTINGS_VARIABLE, FollowerSettings
+from pipeline.serving.settings import SETTINGS_VARIABLE, FollowerSettings, SamplingSettings
 
 SERVICE_PREFIX = "vllm-"
 PLUGINS = ("tuneserve_cpu_moe", "tuneserve_cpu_lora", "tuneserve")
@@ -85,6 +85,17 @@ def adapters_token(project: Project) -> Path:
     return path
 
 
+def sampling_settings(sampling: Sampling, folder: Path) -> SamplingSettings:
+    return SamplingSettings(
+        folder=folder,
+        share=sampling.share,
+        keep_days=sampling.keep_days,
+        keep_images=sampling.keep_images,
+        max_bytes=int(sampling.max_gib * 2**30),
+        redact=sampling.redact,
+    )
+
+
 @contextlib.contextmanager
 def replica(project: Project, recipe: ServingRecipe, base: BaseModel, mlflow_uri: str, waiting: Callable[[], None] = lambda: None) -> Iterator[Service]:
     """A vLLM server of `recipe`, found or started, that follows the registry at `mlflow_uri` and is ready.
@@ -121,6 +132,7 @@ def replica(project: Project, recipe: ServingRecipe, base: BaseModel, mlflow_uri
         max_cpu_loras=recipe.lora.max_cpu_loras,
         target_modules=recipe.lora.target_modules,
         wraps_experts=recipe.lora.wraps_experts,
+        sampling=sampling_settings(recipe.sampling, project.samples / recipe.name) if recipe.sampling else None,
     )
     settings_file = project.services / f"{name}.settings"
 

@@ -66,6 +66,12 @@ class Metrics:
             (*by_version, "status_class"),
             registry=registry,
         )
+        self.samples = Counter(
+            "tuneserve_samples",
+            "Answered requests that were drawn to be sampled, by what became of them: kept, or why not (busy, too-large, full, failed: dropped; redacted; unusable).",
+            ("outcome",),
+            registry=registry,
+        )
         self.refusals = Counter("tuneserve_refusals", "Versions refused, by reason.", ("served", "code"), registry=registry)
         self.wanted_version = Gauge("tuneserve_wanted_version", "The number under the alias champion; 0 for none.", ("served",), registry=registry)
         self.live_version = Gauge("tuneserve_live_version", "The number that the served name answers with; 0 for none.", ("served",), registry=registry)
@@ -102,6 +108,9 @@ class Metrics:
         if request.lora_id is not None:
             self.used(request.lora_id, request.served, request.version)
         self.http_errors.labels(request.served, request.version, f"{status // 100}xx").inc()
+
+    def sampled(self, outcome: str) -> None:
+        self.samples.labels(outcome).inc()
 
     def refused(self, model: str, code: str) -> None:
         self.refusals.labels(model if self._known(model) else UNKNOWN, code).inc()

@@ -38,6 +38,7 @@ from pipeline.serving.local_adapters import LocalAdapters
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.parity_route import Replayer, read_asked
 from pipeline.serving.registry_reader import RegistryReader
+from pipeline.serving.sampling import OUTCOMES, Sampler
 from pipeline.serving.settings import SETTINGS_VARIABLE, SYNC_SECONDS, FollowerSettings
 from pipeline.serving.traffic import Traffic
 from pipeline.serving.vllm_engine import VllmEngine
@@ -76,13 +77,23 @@ class AdapterFollower:
         self._replayer: Replayer
         self._started = int(time.time())
         self._metrics = Metrics(get_prometheus_registry(), lambda name: name_fault(name) is None)
-        hooks.install(app, self._traffic, self._metrics, self.settings.sticky_header)
+        hooks.install(app, self._traffic, self._metrics, self.settings.sticky_header, self._sampler())
         app.add_api_route("/v1/models", self.list_models, methods=["GET"])
         guarded = [Depends(self.authenticate)]
         app.add_api_route("/adapters", self.show_status, methods=["GET"], dependencies=guarded)
         app.add_api_route("/adapters/ready", self.show_ready, methods=["GET"], dependencies=guarded)
         app.add_api_route("/adapters/parity", self.replay, methods=["POST"], dependencies=guarded)
         app.add_api_route("/adapters/sync", self.sync_now, methods=["POST"])  # asks for a signature instead
+
+    def _sampler(self) -> Sampler | None:
+        """Started; None if nothing is to be sampled. Raises ServingError if it cannot be, for instance without its redaction hook."""
+        if self.settings.sampling is None:
+            return None
+        for outcome in OUTCOMES:
+            self._metrics.samples.labels(outcome)  # a drop is seen as a rise only from a 0
+        sampler = Sampler(self.settings.sampling, self._metrics.sampled)
+        sampler.start()
+        return sampler
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Restores and follows. vLLM accepts connections only after this returns, and ends if it raises."""

@@ -11,6 +11,20 @@ SYNC_SECONDS = 10.0
 """How long POST /adapters/sync may hold its answer back for the sync that it asked for."""
 
 
+class SamplingSettings(BaseModel):
+    """What is kept, where and for how long; the recipe's `sampling`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: Path
+    """This server's alone."""
+    share: float
+    keep_days: int
+    keep_images: bool
+    max_bytes: int
+    redact: str | None = None
+
+
 class FollowerSettings(BaseModel):
     """The wanted state's source and where this replica keeps its own. Holds no secret: the token is in a file of its own."""
 
@@ -50,3 +64,5 @@ class FollowerSettings(BaseModel):
     target_modules: tuple[str, ...] = ("qkv_proj", "o_proj")
     """vLLM's modules that take adapters."""
     wraps_experts: bool = False
+    sampling: SamplingSettings | None = None
+    """None: no request is kept."""

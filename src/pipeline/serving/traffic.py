@@ -21,6 +21,8 @@ class Request:
     served: str = "-"
     """The registered model or base that it asked for; `-` while that is unknown."""
     version: str = "-"
+    by_name: bool = False
+    """Whether it asked for a model by its name, and not for one of its versions."""
     drawn: float | None = None
     """Its lot in a canary, drawn once, so that however often it asks it stays on one side."""
 
