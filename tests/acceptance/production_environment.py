@@ -58,6 +58,8 @@ class Program:
     stop_signal: signal.Signals = signal.SIGTERM
     owns_children: bool = True
     user: str | None = None
+    prepare: Callable[[], None] = lambda: None
+    """Called before each start; makes what is missing on disk."""
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     """Unix time."""
@@ -65,6 +67,7 @@ class Program:
     def launch(self) -> None:
         """Starts it; it gets `stop_signal` if this process dies."""
         assert not self.alive(), f"{self.name} runs already"
+        self.prepare()
         self.started = time.time()
         argv = [*as_user(self.user), "--pdeathsig", self.stop_signal.name.removeprefix("SIG"), *self.argv]
         with self.log.open("ab") as log:
@@ -166,6 +169,11 @@ class Production:
     def alive(self, name: str) -> bool:
         return self.programs[name].alive()
 
+    def wipe(self, name: str) -> None:
+        """Stops PostgreSQL or the S3 store and loses all that it held; started again, it is empty."""
+        self.stop(name)
+        shutil.rmtree(self.folder / name)
+
     def run(self, *command: str, seconds: float = 300.0) -> subprocess.CompletedProcess[str]:
         """`tuneserve` with these arguments."""
         return self.sandbox.run(*command, seconds=seconds, **self.clients)
@@ -262,26 +270,28 @@ class Production:
         self.sandbox.wait_until_nothing_runs(seconds=15)
 
     def make_postgresql(self) -> Program:
-        """A new cluster whose superuser must give a password."""
-        data = self.folder / "postgresql"
-        data.mkdir()
-        user = None
-        if os.geteuid() == 0:
-            user = POSTGRESQL_USER
-            for above in data.parents:
-                if not above.stat().st_mode & stat.S_IXOTH:
-                    above.chmod(stat.S_IMODE(above.stat().st_mode) | stat.S_IXOTH)
-            shutil.chown(data, user, user)
-        tools, password = postgresql_tools(), data / "password"
-        password.touch(mode=0o600)
-        password.write_text(self.secrets["postgresql"], "utf-8")
-        if user:
-            shutil.chown(password, user)
-        cluster = data / "cluster"
-        initdb = [str(tools / "initdb"), "-D", str(cluster), "--username", USER, "--pwfile", str(password), "--auth", "scram-sha-256", "--encoding", "UTF8"]
-        done = subprocess.run([*as_user(user), *initdb], capture_output=True, text=True, cwd=data, check=False)
-        password.unlink()
-        assert done.returncode == 0, done.stderr
+        """A cluster whose superuser must give a password."""
+        data = self.folder / POSTGRESQL
+        tools, cluster, password = postgresql_tools(), data / "cluster", data / "password"
+        user = POSTGRESQL_USER if os.geteuid() == 0 else None
+
+        def prepare() -> None:
+            if data.exists():
+                return
+            data.mkdir()
+            password.touch(mode=0o600)
+            password.write_text(self.secrets["postgresql"], "utf-8")
+            if user:
+                for above in data.parents:
+                    if not above.stat().st_mode & stat.S_IXOTH:
+                        above.chmod(stat.S_IMODE(above.stat().st_mode) | stat.S_IXOTH)
+                shutil.chown(data, user, user)
+                shutil.chown(password, user)
+            initdb = [str(tools / "initdb"), "-D", str(cluster), "--username", USER, "--pwfile", str(password), "--auth", "scram-sha-256", "--encoding", "UTF8"]
+            done = subprocess.run([*as_user(user), *initdb], capture_output=True, text=True, cwd=data, check=False)
+            password.unlink()
+            assert done.returncode == 0, done.stderr
+
         argv = [str(tools / "postgres"), "-D", str(cluster), "-p", str(self.ports[POSTGRESQL])]
         argv += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
 
@@ -294,12 +304,11 @@ class Production:
             return True
 
         # SIGINT: PostgreSQL ends sessions and shuts down; with SIGTERM it would wait for them
-        return self.program(POSTGRESQL, argv, {}, ready, stop_signal=signal.SIGINT, user=user)
+        return self.program(POSTGRESQL, argv, {}, ready, stop_signal=signal.SIGINT, user=user, prepare=prepare)
 
     def make_s3(self) -> Program:
         """SeaweedFS in one process, which keeps what it is given on disk."""
-        data = self.folder / "s3"
-        data.mkdir()
+        data = self.folder / S3
         argv = [str(Path(sys.executable).with_name("weed")), "-logtostderr=true", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         argv += ["-s3", f"-s3.port={self.ports[S3]}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false", f"-s3.localSocket={data}/s3.sock"]
         argv += [f"-filer.localSocket={data}/filer.sock", "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.preStopSeconds=1"]
@@ -316,7 +325,8 @@ class Production:
                 return False
             return True
 
-        return self.program(S3, argv, {"AWS_ACCESS_KEY_ID": USER, "AWS_SECRET_ACCESS_KEY": self.secrets["s3"]}, ready)
+        secret = {"AWS_ACCESS_KEY_ID": USER, "AWS_SECRET_ACCESS_KEY": self.secrets["s3"]}
+        return self.program(S3, argv, secret, ready, prepare=lambda: data.mkdir(exist_ok=True))
 
     def make_mlflow(self) -> Program:
         argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.ports[MLFLOW]), "--workers", "1", "--serve-artifacts"]
