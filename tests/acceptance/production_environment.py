@@ -12,9 +12,9 @@ import os
 import secrets
 import shutil
 import signal
-import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -151,6 +151,8 @@ class Production:
     ports: Mapping[str, int]
     secrets: Mapping[str, str] = field(repr=False)
     replicas: tuple[str, ...]
+    data: Mapping[str, Path]
+    """Where the stores keep theirs. PostgreSQL's user must be able to reach its folder, which pytest's own folders do not allow."""
     programs: dict[str, Program] = field(default_factory=dict)
 
     # what scripts use
@@ -172,7 +174,7 @@ class Production:
     def wipe(self, name: str) -> None:
         """Stops PostgreSQL or the S3 store and loses all that it held; started again, it is empty."""
         self.stop(name)
-        shutil.rmtree(self.folder / name)
+        shutil.rmtree(self.data[name])
 
     def run(self, *command: str, seconds: float = 300.0) -> subprocess.CompletedProcess[str]:
         """`tuneserve` with these arguments."""
@@ -271,20 +273,17 @@ class Production:
 
     def make_postgresql(self) -> Program:
         """A cluster whose superuser must give a password."""
-        data = self.folder / POSTGRESQL
+        data = self.data[POSTGRESQL]
         tools, cluster, password = postgresql_tools(), data / "cluster", data / "password"
         user = POSTGRESQL_USER if os.geteuid() == 0 else None
 
         def prepare() -> None:
-            if data.exists():
+            if cluster.exists():
                 return
-            data.mkdir()
+            data.mkdir(exist_ok=True)
             password.touch(mode=0o600)
             password.write_text(self.secrets["postgresql"], "utf-8")
             if user:
-                for above in data.parents:
-                    if not above.stat().st_mode & stat.S_IXOTH:
-                        above.chmod(stat.S_IMODE(above.stat().st_mode) | stat.S_IXOTH)
                 shutil.chown(data, user, user)
                 shutil.chown(password, user)
             initdb = [str(tools / "initdb"), "-D", str(cluster), "--username", USER, "--pwfile", str(password), "--auth", "scram-sha-256", "--encoding", "UTF8"]
@@ -308,7 +307,7 @@ class Production:
 
     def make_s3(self) -> Program:
         """SeaweedFS in one process, which keeps what it is given on disk."""
-        data = self.folder / S3
+        data = self.data[S3]
         argv = [str(Path(sys.executable).with_name("weed")), "-logtostderr=true", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         argv += ["-s3", f"-s3.port={self.ports[S3]}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false", f"-s3.localSocket={data}/s3.sock"]
         argv += [f"-filer.localSocket={data}/filer.sock", "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.preStopSeconds=1"]
@@ -375,7 +374,8 @@ class Production:
         given = self.sandbox.environment
         if name not in (WORKER, *self.replicas):  # those are commands of ours, which set this themselves
             given |= {key: value for key, value in Project(self.sandbox.root).environment().items() if key != "TUNESERVE_PROJECT"}
-        return Program(name, argv, given | environment, self.sandbox.root, self.logs / f"{name}.log", ready, **more)
+        cwd = self.data[name] if name == POSTGRESQL else self.sandbox.root
+        return Program(name, argv, given | environment, cwd, self.logs / f"{name}.log", ready, **more)
 
     @staticmethod
     def _healthy(url: str) -> bool:
@@ -390,7 +390,8 @@ def production(folder: Path, replicas: int = 1) -> Iterator[Production]:
     """Everything up and ready, in a new folder below `folder`, until the block ends; then nothing of it runs. Replicas are called `replica-1` and so on."""
     names = tuple(f"replica-{number + 1}" for number in range(replicas))
     ports = {name: free_port(0) for name in (POSTGRESQL, S3, MLFLOW, PREFECT, *names)}
-    own = Production(make_sandbox(folder), folder / "servers", ports, {name: secrets.token_hex(16) for name in ("postgresql", "s3")}, names)
+    data = {S3: folder / "servers" / S3, POSTGRESQL: Path(tempfile.mkdtemp(prefix="tuneserve-postgresql-"))}
+    own = Production(make_sandbox(folder), folder / "servers", ports, {name: secrets.token_hex(16) for name in ("postgresql", "s3")}, names, data)
     own.logs.mkdir(parents=True)
     for program in (own.make_postgresql(), own.make_s3(), own.make_mlflow(), own.make_prefect(), own.make_worker(), *map(own.make_replica, names)):
         own.programs[program.name] = program
@@ -403,3 +404,4 @@ def production(folder: Path, replicas: int = 1) -> Iterator[Production]:
         raise
     finally:
         own.end()
+        shutil.rmtree(data[POSTGRESQL], ignore_errors=True)

@@ -37,7 +37,8 @@ def tools(site: Production) -> dict[str, str]:
     own = {"PGHOST": "127.0.0.1", "PGPORT": str(site.ports[POSTGRESQL]), "PGUSER": USER, "PGPASSWORD": site.secrets["postgresql"]}
     own |= {"RCLONE_CONFIG_STORE_TYPE": "s3", "RCLONE_CONFIG_STORE_PROVIDER": "Other", "RCLONE_CONFIG_STORE_ENDPOINT": site.url(S3)}
     own |= {"RCLONE_CONFIG_STORE_ACCESS_KEY_ID": USER, "RCLONE_CONFIG_STORE_SECRET_ACCESS_KEY": site.secrets["s3"]}
-    return dict(os.environ) | own | {"RCLONE_CONFIG": "/dev/null", "PATH": f"{postgresql_tools()}:{os.environ['PATH']}"}
+    given = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}  # rclone would take them for its own
+    return given | own | {"RCLONE_CONFIG": "/dev/null", "PATH": f"{postgresql_tools()}:{os.environ['PATH']}"}
 
 
 def run(site: Production, *argv: str) -> None:
