@@ -40,7 +40,7 @@ POSTGRESQL_USER = "postgres"
 USER, BUCKET = "tuneserve", "mlflow"
 DATABASES = ("mlflow", "prefect")
 START_SECONDS = 180.0
-REPLICA_START_SECONDS = 400.0
+REPLICA_START_SECONDS = 650.0
 STOP_SECONDS = 30.0
 
 
@@ -255,8 +255,8 @@ class Production:
     # how it is made
 
     def begin(self) -> None:
-        """Starts everything, in an order in which each finds what it needs."""
-        for names in ((POSTGRESQL, S3), (MLFLOW, PREFECT), (WORKER, *self.replicas)):
+        """Starts everything, in an order in which each finds what it needs; replicas one by one, since two cores are what a machine may have."""
+        for names in ((POSTGRESQL, S3), (MLFLOW, PREFECT), (WORKER,), *((name,) for name in self.replicas)):
             for name in names:
                 self.programs[name].launch()
             for name in names:
