@@ -27,6 +27,7 @@ from tests.acceptance.production_environment import (
     postgresql_tools,
     production,
 )
+from tests.e2e.environment import ROOT
 
 RECIPE = "recipes/finetune/restored.yaml"
 QUESTION = "What product is this?"
@@ -102,6 +103,14 @@ def look(site: Production) -> dict[str, Any]:
     }
 
 
+def probe(site: Production, name: str) -> int:
+    """The exit code of the readiness probe that deploy/ has for replicas, asked of this one."""
+    service = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text("utf-8"))["services"]["replica-1"]
+    command = service["healthcheck"]["test"][1].replace("$$", "$").replace("http://127.0.0.1:8000", site.url(name))
+    environment = dict(os.environ) | {"TUNESERVE_TOKEN_FILE": str(site.sandbox.root / ".tuneserve/token")}
+    return subprocess.run(["sh", "-c", command], env=environment, timeout=30, check=False).returncode
+
+
 def lasting(stdout: str) -> Any:
     """What `tuneserve status` says, less times and counters."""
 
@@ -135,9 +144,12 @@ def test_production_restore(tmp_path: Path) -> None:
                 site.start(name)
             up_seconds = time.monotonic() - began
             after = look(site)
+            probes = [probe(site, "replica-2")]
             site.stop("replica-2")
+            probes.append(probe(site, "replica-2"))
             shutil.rmtree(site.sandbox.root / ".tuneserve/serving/replica-2")
             replica_seconds = site.start("replica-2")
+            probes.append(probe(site, "replica-2"))
             fetched = look(site)
             answers = load.stop()
         again = site.json("train", RECIPE, "--json")
@@ -155,6 +167,7 @@ def test_production_restore(tmp_path: Path) -> None:
             fetched_as_before={key: fetched[key] == before[key] for key in before},
             answers_while_all_was_away=away == before["answers"],
             replica_from_nothing_seconds=replica_seconds,
+            probes_of_it=probes,
             trained_again=again["trained"],
             requests=len(answers),
             failed=len(failed),
@@ -166,4 +179,5 @@ def test_production_restore(tmp_path: Path) -> None:
         assert fetched == before
         assert away == before["answers"] and all(version.startswith("catalog/2@") for version, _ in away)
         assert again["trained"] is False
+        assert probes[0] == probes[2] == 0 and probes[1] != 0
         assert failed == [] and leaks == [] and left == []
