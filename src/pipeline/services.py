@@ -142,6 +142,7 @@ def _join(project: Project, name: str) -> tuple[Service, IO[bytes]] | None:
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 return running, process.join_lease(Path(running.lease))
         elif not process.supervised(str(project.services / f"{name}@")):  # by a command that was killed before it could record the service
+            process.end_orphans(str(project.services / f"{name}@"))
             for stale in project.services.glob(f"{name}@*.lease*"):  # after a power cut, say
                 stale.unlink()
             return None
