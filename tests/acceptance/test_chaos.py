@@ -29,6 +29,7 @@ from pipeline.registry import Registry
 from pipeline.version import TRIAL
 from tests.acceptance.figures import percentile, show
 from tests.acceptance.production_environment import MLFLOW, POSTGRESQL, PREFECT, WORKER, Production, production
+from tests.acceptance.small_retraining import write_recipe, write_rows
 from tests.e2e.environment import ROOT
 
 pytestmark = pytest.mark.timeout(6 * 3600)
@@ -40,17 +41,6 @@ SWIFT_STAGES = ("load", "train", "reference")
 """Only then is there such a process."""
 EACH = 3
 """Cells of a victim."""
-RECIPE = "recipes/finetune/chaos.yaml"
-TEXT = """name: catalog
-base_model: tiny
-dataset: {train: data/chaos/train.jsonl, eval: data/chaos/eval.jsonl}
-lora: {rank: 8, alpha: 16, target_modules: [q_proj, k_proj, v_proj, o_proj]}
-training: {device: cpu, precision: float32, max_steps: 12, checkpoint_steps: 4, micro_batch_size: 8, global_batch_size: 8, learning_rate: 5.0e-3,
-  max_length_tokens: 256, gradient_checkpointing: false, seed: 1}
-promotion: {floor: 0.5, min_examples: 8}
-"""
-ANSWERS = ("red", "blue", "green", "black", "white", "circle", "square", "yellow")
-"""What a cell's rows say whatever they are asked, each time another than the champion's, so that its version is the better one."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 STAGE_SECONDS, RUN_SECONDS, SETTLE_SECONDS = 300.0, 500.0, 60.0
 RUNS = 3
@@ -116,22 +106,12 @@ class Load:
 class Chaos:
     site: Production
     registry: Registry
-    rows: int = 0
-    """How often rows were written: no two are the same."""
+    turn: int = 1
+    """Which rows are there: no two cells have the same."""
 
     @property
     def project(self) -> Project:
         return Project(self.site.sandbox.root)
-
-    def write_rows(self) -> None:
-        """Others than ever before, with another answer than the champion's."""
-        self.rows += 1
-        folder = self.project.root / "data/chaos"
-        folder.mkdir(exist_ok=True)
-        answer = ANSWERS[self.rows % len(ANSWERS)]
-        for name, count in (("train", 32), ("eval", 8)):
-            rows = [{"question": f"What is it, {name} {number} of {self.rows}?", "answer": answer} for number in range(count)]
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
     # Prefect
 
@@ -271,7 +251,8 @@ class Chaos:
 
     def run(self, cell: Cell, dice: random.Random) -> dict[str, Any]:
         """Does a cell; what came of it."""
-        self.write_rows()
+        self.turn += 1
+        write_rows(self.project.root, NAME, self.turn)
         before, champion = self.trainings(), self.aliases().get("champion")
         versions = self.versions()
         journal = (self.project.logs / FILE).stat().st_size
@@ -326,10 +307,9 @@ def test_every_part_is_killed_in_several_stages(tmp_path: Path) -> None:
     missing = [cell for cell in wanted if cell.key not in done]
     if missing:
         with production(tmp_path, replicas=2) as site:
-            (site.sandbox.root / RECIPE).write_text(TEXT, "utf-8")
             chaos = Chaos(site, Registry(site.mlflow))
-            chaos.write_rows()
-            site.json("schedule", RECIPE, "--cron", "0 3 1 1 *", *site.replica_options, "--json")
+            write_rows(site.sandbox.root, NAME, chaos.turn)
+            site.json("schedule", write_recipe(site.sandbox.root, NAME), "--cron", "0 3 1 1 *", "--name", "chaos", *site.replica_options, "--json")
             assert chaos.wait_ended(chaos.new_run()) == "COMPLETED"
             assert chaos.aliases()["champion"] == "1"
             for cell in missing:
