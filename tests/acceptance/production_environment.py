@@ -246,7 +246,12 @@ class Production:
 
     def begin(self) -> None:
         """Starts everything, in an order in which each finds what it needs."""
-        for names in ((POSTGRESQL, S3), (MLFLOW, PREFECT), (WORKER, *self.replicas)):
+        for names in (
+            (POSTGRESQL, S3),
+            (MLFLOW, PREFECT),
+            (WORKER,),
+            *((name,) for name in self.replicas),
+        ):  # of vLLM's two at once would take each other's cores
             for name in names:
                 self.programs[name].launch()
             for name in names:
