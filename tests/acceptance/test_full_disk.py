@@ -27,6 +27,9 @@ def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
     made = make_sandbox(tmp_path)
     change(made, checkpoint_steps=CHECKPOINT_STEPS, epochs="null", max_steps=STEPS)
     yield made
+    for left in made.processes():  # of a test that failed
+        if "pipeline.cli" in left.cmdline():
+            left.kill()
     made.run("down", "--json", seconds=90)
     made.wait_until_nothing_runs(seconds=10)
 
@@ -44,7 +47,6 @@ def disk(sandbox: Sandbox) -> Iterator[Callable[[str, int], Path]]:
         return path
 
     yield mount
-    sandbox.run("down", "--json", seconds=90)
     for path in mounted:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
