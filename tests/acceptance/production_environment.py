@@ -40,7 +40,7 @@ POSTGRESQL_USER = "postgres"
 USER, BUCKET = "tuneserve", "mlflow"
 DATABASES = ("mlflow", "prefect")
 START_SECONDS = 180.0
-REPLICA_START_SECONDS = 400.0
+REPLICA_START_SECONDS = 900.0
 STOP_SECONDS = 30.0
 
 

@@ -24,8 +24,8 @@ FORBIDDEN = {
 }
 END_GRACE_SECONDS = 1.0
 """What vLLM gets to end after it has drained, before everything is killed."""
-START_SECONDS = {"cpu": 300.0, "cuda": 1800.0}
-"""Until the server is ready: 45-110 s on two CPU cores; loading 214 GB onto GPUs takes minutes."""
+START_SECONDS = {"cpu": 600.0, "cuda": 1800.0}
+"""Until the server is ready: 45-110 s on two CPU cores, five minutes if others keep them busy; loading 214 GB onto GPUs takes minutes."""
 
 
 def serve_args(recipe: ServingRecipe, base: Path, port: int) -> list[str]:
