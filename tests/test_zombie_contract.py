@@ -13,9 +13,11 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings.models.server.concurrency import ServerConcurrencySettings
 
 from flows.retrain import TRAINING_LOCK
-from flows.schedule import GRACE_SECONDS, HEARTBEAT_SECONDS, ZOMBIES
+from flows.schedule import FORGETFUL, GRACE_SECONDS, HEARTBEAT_SECONDS, ZOMBIES, forgets_leases
 from pipeline import process, services
 from pipeline.project import Project
 from tests.test_cli import data_project
@@ -109,6 +111,14 @@ def prefect(project: Project, empty_store: Path) -> Iterator[Prefect]:
             if child:
                 child.end()
                 print(child.log.read_text("utf-8")[-4000:])
+
+
+def test_a_server_says_where_it_keeps_leases(prefect: Prefect) -> None:
+    assert ServerConcurrencySettings.model_fields["lease_storage"].default == FORGETFUL
+    said = prefect.asked("GET", "admin/settings")["server"]["concurrency"]["lease_storage"]
+    assert said == services.LEASES_ON_DISK["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] != FORGETFUL
+    with temporary_settings({PREFECT_API_URL: prefect.api}):
+        assert not forgets_leases()
 
 
 def test_a_killed_run_is_crashed_and_its_place_is_free(prefect: Prefect) -> None:
