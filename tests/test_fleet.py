@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from pipeline import fleet, services
+from pipeline.errors import ServingError
 from pipeline.fleet import addresses_of, open_fleet, resolve
 from pipeline.project import Project
 from pipeline.recipe import ServingRecipe
 from pipeline.services import Service
+from pipeline.serving.launch import adapters_token
 from tests.replicas import TOKEN, FakeReplica, fleet_of
 
 
@@ -90,3 +92,14 @@ def test_the_projects_token_is_used(project: Project) -> None:
     Path(project.state / "token").write_text("hidden\n")
     with open_fleet(project, ["http://z:1"]) as found:
         assert found.replicas[0].token == "hidden"
+
+
+def test_a_token_that_hosts_share_is_used_and_must_be_there(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = tmp_path / "shared-token"
+    monkeypatch.setenv("TUNESERVE_TOKEN_FILE", str(shared))
+    with pytest.raises(ServingError, match="TUNESERVE_TOKEN_FILE: .* is not there; put the token of all replicas into it"):
+        open_fleet(project, ["http://z:1"])
+    shared.write_text("of all\n")
+    with open_fleet(project, ["http://z:1"]) as found:
+        assert found.replicas[0].token == "of all"
+    assert adapters_token(project) == shared and not (project.state / "token").exists()

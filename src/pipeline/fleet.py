@@ -1,5 +1,6 @@
 """The replicas of one serving recipe: where they are, asked side by side, and whether each is ready, away or not ours."""
 
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from pipeline import services
-from pipeline.project import Project
+from pipeline.project import TOKEN_VARIABLE, Project
 from pipeline.recipe import ServingRecipe
 from pipeline.serving.client import Replica, ReplicaError, ReplicaStatus, State, new_client
 from pipeline.serving.launch import SERVICE_PREFIX, adapters_token
@@ -108,7 +109,7 @@ def addresses_of(project: Project, recipe: ServingRecipe | None, urls: Sequence[
 
 def open_fleet(project: Project, addresses: Sequence[str] | None, *, unreachable_fails: bool = False) -> Fleet:
     """The replicas at `addresses`, or without any this project's running servers, opened with this project's token. Makes nothing."""
-    made = (project.state / "token").is_file()  # no server of ours has started without one, so any word is as wrong
+    made = project.token.is_file() or os.environ.get(TOKEN_VARIABLE)  # no server of ours has started without one, so any word is as wrong
     token = adapters_token(project).read_text("utf-8").strip() if made else "none"
     if addresses is None:
         return Fleet([found.url for found in services.find_services(project, SERVICE_PREFIX)], token, listed=False, unreachable_fails=unreachable_fails)

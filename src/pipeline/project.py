@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT_VARIABLE = "TUNESERVE_PROJECT"
+TOKEN_VARIABLE = "TUNESERVE_TOKEN_FILE"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Project:
     def services(self) -> Path:
         """What is running: a record and a lease per server."""
         return self.state / "services"
+
+    @property
+    def token(self) -> Path:
+        """The file with the token of the /adapters routes: $TUNESERVE_TOKEN_FILE, for replicas and commands on several hosts, else the project's own."""
+        return Path(os.environ.get(TOKEN_VARIABLE) or self.state / "token")
 
     @property
     def in_use(self) -> Path:

@@ -12,9 +12,9 @@ import os
 import secrets
 import shutil
 import signal
-import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ POSTGRESQL_USER = "postgres"
 USER, BUCKET = "tuneserve", "mlflow"
 DATABASES = ("mlflow", "prefect")
 START_SECONDS = 180.0
-REPLICA_START_SECONDS = 900.0
+REPLICA_START_SECONDS = 650.0
 STOP_SECONDS = 30.0
 
 
@@ -58,6 +58,8 @@ class Program:
     stop_signal: signal.Signals = signal.SIGTERM
     owns_children: bool = True
     user: str | None = None
+    prepare: Callable[[], None] = lambda: None
+    """Called before each start; makes what is missing on disk."""
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     """Unix time."""
@@ -65,6 +67,7 @@ class Program:
     def launch(self) -> None:
         """Starts it; it gets `stop_signal` if this process dies."""
         assert not self.alive(), f"{self.name} runs already"
+        self.prepare()
         self.started = time.time()
         argv = [*as_user(self.user), "--pdeathsig", self.stop_signal.name.removeprefix("SIG"), *self.argv]
         with self.log.open("ab") as log:
@@ -148,6 +151,8 @@ class Production:
     ports: Mapping[str, int]
     secrets: Mapping[str, str] = field(repr=False)
     replicas: tuple[str, ...]
+    data: Mapping[str, Path]
+    """Where the stores keep theirs. PostgreSQL's user must be able to reach its folder, which pytest's own folders do not allow."""
     programs: dict[str, Program] = field(default_factory=dict)
 
     # what scripts use
@@ -165,6 +170,11 @@ class Production:
 
     def alive(self, name: str) -> bool:
         return self.programs[name].alive()
+
+    def wipe(self, name: str) -> None:
+        """Stops PostgreSQL or the S3 store and loses all that it held; started again, it is empty."""
+        self.stop(name)
+        shutil.rmtree(self.data[name])
 
     def run(self, *command: str, seconds: float = 300.0) -> subprocess.CompletedProcess[str]:
         """`tuneserve` with these arguments."""
@@ -245,13 +255,8 @@ class Production:
     # how it is made
 
     def begin(self) -> None:
-        """Starts everything, in an order in which each finds what it needs."""
-        for names in (
-            (POSTGRESQL, S3),
-            (MLFLOW, PREFECT),
-            (WORKER,),
-            *((name,) for name in self.replicas),
-        ):  # of vLLM's two at once would take each other's cores
+        """Starts everything, in an order in which each finds what it needs; replicas one by one, since two cores are what a machine may have."""
+        for names in ((POSTGRESQL, S3), (MLFLOW, PREFECT), (WORKER,), *((name,) for name in self.replicas)):
             for name in names:
                 self.programs[name].launch()
             for name in names:
@@ -267,26 +272,25 @@ class Production:
         self.sandbox.wait_until_nothing_runs(seconds=15)
 
     def make_postgresql(self) -> Program:
-        """A new cluster whose superuser must give a password."""
-        data = self.folder / "postgresql"
-        data.mkdir()
-        user = None
-        if os.geteuid() == 0:
-            user = POSTGRESQL_USER
-            for above in data.parents:
-                if not above.stat().st_mode & stat.S_IXOTH:
-                    above.chmod(stat.S_IMODE(above.stat().st_mode) | stat.S_IXOTH)
-            shutil.chown(data, user, user)
-        tools, password = postgresql_tools(), data / "password"
-        password.touch(mode=0o600)
-        password.write_text(self.secrets["postgresql"], "utf-8")
-        if user:
-            shutil.chown(password, user)
-        cluster = data / "cluster"
-        initdb = [str(tools / "initdb"), "-D", str(cluster), "--username", USER, "--pwfile", str(password), "--auth", "scram-sha-256", "--encoding", "UTF8"]
-        done = subprocess.run([*as_user(user), *initdb], capture_output=True, text=True, cwd=data, check=False)
-        password.unlink()
-        assert done.returncode == 0, done.stderr
+        """A cluster whose superuser must give a password."""
+        data = self.data[POSTGRESQL]
+        tools, cluster, password = postgresql_tools(), data / "cluster", data / "password"
+        user = POSTGRESQL_USER if os.geteuid() == 0 else None
+
+        def prepare() -> None:
+            if cluster.exists():
+                return
+            data.mkdir(exist_ok=True)
+            password.touch(mode=0o600)
+            password.write_text(self.secrets["postgresql"], "utf-8")
+            if user:
+                shutil.chown(data, user, user)
+                shutil.chown(password, user)
+            initdb = [str(tools / "initdb"), "-D", str(cluster), "--username", USER, "--pwfile", str(password), "--auth", "scram-sha-256", "--encoding", "UTF8"]
+            done = subprocess.run([*as_user(user), *initdb], capture_output=True, text=True, cwd=data, check=False)
+            password.unlink()
+            assert done.returncode == 0, done.stderr
+
         argv = [str(tools / "postgres"), "-D", str(cluster), "-p", str(self.ports[POSTGRESQL])]
         argv += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
 
@@ -299,12 +303,11 @@ class Production:
             return True
 
         # SIGINT: PostgreSQL ends sessions and shuts down; with SIGTERM it would wait for them
-        return self.program(POSTGRESQL, argv, {}, ready, stop_signal=signal.SIGINT, user=user)
+        return self.program(POSTGRESQL, argv, {}, ready, stop_signal=signal.SIGINT, user=user, prepare=prepare)
 
     def make_s3(self) -> Program:
         """SeaweedFS in one process, which keeps what it is given on disk."""
-        data = self.folder / "s3"
-        data.mkdir()
+        data = self.data[S3]
         argv = [str(Path(sys.executable).with_name("weed")), "-logtostderr=true", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         argv += ["-s3", f"-s3.port={self.ports[S3]}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false", f"-s3.localSocket={data}/s3.sock"]
         argv += [f"-filer.localSocket={data}/filer.sock", "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.preStopSeconds=1"]
@@ -321,7 +324,8 @@ class Production:
                 return False
             return True
 
-        return self.program(S3, argv, {"AWS_ACCESS_KEY_ID": USER, "AWS_SECRET_ACCESS_KEY": self.secrets["s3"]}, ready)
+        secret = {"AWS_ACCESS_KEY_ID": USER, "AWS_SECRET_ACCESS_KEY": self.secrets["s3"]}
+        return self.program(S3, argv, secret, ready, prepare=lambda: data.mkdir(exist_ok=True))
 
     def make_mlflow(self) -> Program:
         argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.ports[MLFLOW]), "--workers", "1", "--serve-artifacts"]
@@ -370,7 +374,8 @@ class Production:
         given = self.sandbox.environment
         if name not in (WORKER, *self.replicas):  # those are commands of ours, which set this themselves
             given |= {key: value for key, value in Project(self.sandbox.root).environment().items() if key != "TUNESERVE_PROJECT"}
-        return Program(name, argv, given | environment, self.sandbox.root, self.logs / f"{name}.log", ready, **more)
+        cwd = self.data[name] if name == POSTGRESQL else self.sandbox.root
+        return Program(name, argv, given | environment, cwd, self.logs / f"{name}.log", ready, **more)
 
     @staticmethod
     def _healthy(url: str) -> bool:
@@ -385,7 +390,8 @@ def production(folder: Path, replicas: int = 1) -> Iterator[Production]:
     """Everything up and ready, in a new folder below `folder`, until the block ends; then nothing of it runs. Replicas are called `replica-1` and so on."""
     names = tuple(f"replica-{number + 1}" for number in range(replicas))
     ports = {name: free_port(0) for name in (POSTGRESQL, S3, MLFLOW, PREFECT, *names)}
-    own = Production(make_sandbox(folder), folder / "servers", ports, {name: secrets.token_hex(16) for name in ("postgresql", "s3")}, names)
+    data = {S3: folder / "servers" / S3, POSTGRESQL: Path(tempfile.mkdtemp(prefix="tuneserve-postgresql-"))}
+    own = Production(make_sandbox(folder), folder / "servers", ports, {name: secrets.token_hex(16) for name in ("postgresql", "s3")}, names, data)
     own.logs.mkdir(parents=True)
     for program in (own.make_postgresql(), own.make_s3(), own.make_mlflow(), own.make_prefect(), own.make_worker(), *map(own.make_replica, names)):
         own.programs[program.name] = program
@@ -398,3 +404,4 @@ def production(folder: Path, replicas: int = 1) -> Iterator[Production]:
         raise
     finally:
         own.end()
+        shutil.rmtree(data[POSTGRESQL], ignore_errors=True)

@@ -118,6 +118,8 @@ def test_models_with_a_tag_are_read_page_by_page():
     ("answer", "says"),
     [
         (httpx.Response(404, text="<html>"), "answered 404 without JSON.*check mlflow_uri"),
+        (httpx.Response(403, text="<html>"), "answered 403 without JSON.*check mlflow_uri"),
+        (httpx.Response(403, text="Invalid Host header - possible DNS rebinding attack detected"), "add it to its MLFLOW_SERVER_ALLOWED_HOSTS"),
         (httpx.Response(200, json=[1]), "MLflow answered 200"),
         (httpx.Response(200, json={"model_version": {}}), "not an MLflow answer"),
         (httpx.Response(200, json={"model_version": {"name": "catalog", "version": "7", "tags": [1]}}), "not an MLflow answer"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.basemodel import TEMPLATE_FILE, BaseModel, template_digest
 from pipeline.errors import ServingError
-from pipeline.project import Project
+from pipeline.project import TOKEN_VARIABLE, Project
 from pipeline.recipe import ServingRecipe, dump_recipe
 from pipeline.services import Service, free_port, require_free_port, service
 from pipeline.serving.settings import SETTINGS_VARIABLE, FollowerSettings
@@ -25,7 +25,7 @@ FORBIDDEN = {
 END_GRACE_SECONDS = 1.0
 """What vLLM gets to end after it has drained, before everything is killed."""
 START_SECONDS = {"cpu": 600.0, "cuda": 1800.0}
-"""Until the server is ready: 45-110 s on two CPU cores, five minutes if others keep them busy; loading 214 GB onto GPUs takes minutes."""
+"""Until the server is ready: 45-110 s on two CPU cores, over 300 s if several start there at once; loading 214 GB onto GPUs takes minutes."""
 
 
 def serve_args(recipe: ServingRecipe, base: Path, port: int) -> list[str]:
@@ -75,8 +75,15 @@ def serve_environment(recipe: ServingRecipe, settings: Path) -> dict[str, str]:
 
 
 def adapters_token(project: Project) -> Path:
-    """The file with this project's token for the /adapters routes, made at first use; readable by its owner only."""
-    path = project.state / "token"
+    """The file with the token for the /adapters routes. The project's own is made at first use, readable by its owner only.
+
+    Raises ServingError if $TUNESERVE_TOKEN_FILE names one that is not there: replicas with a token that nobody else has would take no hint.
+    """
+    path = project.token
+    if os.environ.get(TOKEN_VARIABLE):
+        if not path.is_file():
+            raise ServingError(f"{TOKEN_VARIABLE}: {path} is not there; put the token of all replicas into it (openssl rand -hex 32), or unset the variable")
+        return path
     with contextlib.suppress(FileExistsError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:

@@ -211,6 +211,8 @@ class RegistryReader:
         except httpx.HTTPError as error:
             raise self._away(error) from error
         except ValueError as error:
+            if answer.status_code == httpx.codes.FORBIDDEN and "Host header" in answer.text:  # MLflow's guard against DNS rebinding
+                raise RegistryError(f"{self.uri}: MLflow does not take that host's name; add it to its MLFLOW_SERVER_ALLOWED_HOSTS") from error
             raise RegistryError(f"{self.uri}: answered {answer.status_code} without JSON, so it is not MLflow's API; check mlflow_uri") from error
         if answer.status_code == httpx.codes.OK and isinstance(body, dict):
             return body
