@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ SWIFT_STAGES = ("load", "train", "reference")
 EACH = 3
 """Cells of a victim."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-STAGE_SECONDS, RUN_SECONDS, SETTLE_SECONDS = 300.0, 500.0, 60.0
+STAGE_SECONDS, RUN_SECONDS, SETTLE_SECONDS = 600.0, 900.0, 120.0
 RUNS = 3
 """How often a cell's run may be made."""
 
@@ -108,6 +109,7 @@ class Chaos:
     registry: Registry
     turn: int = 1
     """Which rows are there: no two cells have the same."""
+    restarted: list[str] = field(default_factory=list)
 
     @property
     def project(self) -> Project:
@@ -142,11 +144,16 @@ class Chaos:
         except httpx.HTTPError:
             return ""
 
+    def end_of(self, run: str) -> float:
+        """Unix time when Prefect knew that it had ended."""
+        return datetime.fromisoformat(self.prefect("GET", f"flow_runs/{run}")["end_time"]).timestamp()
+
     def wait_ended(self, run: str) -> str:
         deadline = time.monotonic() + RUN_SECONDS
         while (state := self.state(run)) not in ENDED:
             if time.monotonic() > deadline:
                 return f"{state or 'unknown'} after {RUN_SECONDS:.0f} s"
+            self.keep_up()
             time.sleep(0.5)
         return state
 
@@ -200,12 +207,12 @@ class Chaos:
         else:
             self.site.kill(victim)
 
-    def restart(self) -> list[str]:
-        """Starts every server that does not run, as whatever keeps them up would; their names."""
-        found = [name for name in self.site.programs if not self.site.alive(name)]
-        for name in found:
-            self.site.start(name)
-        return found
+    def keep_up(self) -> None:
+        """Starts every server that does not run, as whatever keeps them up would: one that was killed, and one that gave up when another was away."""
+        for name, program in self.site.programs.items():
+            if not program.alive():
+                program.launch()
+                self.restarted.append(name)
 
     def problems(self, before: set[Path], versions: int, journal: int) -> list[str]:
         """What is not as if nothing had happened; `before`, `versions` and `journal` say how it was."""
@@ -258,7 +265,7 @@ class Chaos:
 
     def run(self, cell: Cell, dice: random.Random) -> dict[str, Any]:
         """Does a cell; what came of it."""
-        self.turn += 1
+        self.turn, self.restarted = self.turn + 1, []
         write_rows(self.project.root, NAME, self.turn)
         before, champion = self.trainings(), self.aliases().get("champion")
         versions = self.versions()
@@ -269,26 +276,28 @@ class Chaos:
             deadline = time.monotonic() + STAGE_SECONDS
             while not self.reached(cell.stage, run, before, champion):
                 if time.monotonic() > deadline or self.state(run) in ENDED:
-                    return {"ok": False, "problems": [f"{cell.stage} was not seen; the run is {self.state(run)}"]}
-                time.sleep(0.02)
+                    return {"ok": False, "problems": [f"{cell.stage} was not seen; the run is {self.wait_ended(run)}"]}
+                time.sleep(0.1)
             waited = dice.uniform(0, 0.2 if cell.stage in ("register", "promote") else 1.0)
             time.sleep(waited)
             self.kill(cell.victim)
-            killed = time.monotonic()
-            restarted = self.restart()
+            killed, at = time.monotonic(), time.time()
+            self.keep_up()
+            if cell.victim in self.site.programs:
+                self.site.programs[cell.victim].wait_ready()
             ready = time.monotonic() - killed
             states = [self.wait_ended(run)]
-            detected = time.monotonic() - killed if states[0] != "COMPLETED" else None
+            detected = self.end_of(run) - at if states[0] in ENDED and states[0] != "COMPLETED" else None
             while states[-1] != "COMPLETED" and len(states) < RUNS:
                 states.append(self.wait_ended(self.new_run()))
-            while (problems := self.safely(before, versions, journal)) and time.monotonic() - killed < RUN_SECONDS + SETTLE_SECONDS:
+            deadline = time.monotonic() + SETTLE_SECONDS
+            while (problems := self.safely(before, versions, journal)) and time.monotonic() < deadline:
+                self.keep_up()
                 time.sleep(1)
-                if states[-1] == "COMPLETED" and time.monotonic() - killed > 240:
-                    break
             settled = time.monotonic() - killed
             time.sleep(2)
         problems += [f"{len(load.failed)} of {load.asked} requests failed: {load.failed[0]}"] if load.failed else []
-        said: dict[str, Any] = {"ok": not problems, "problems": problems, "after_seconds": waited, "restarted": restarted, "restart_seconds": ready}
+        said: dict[str, Any] = {"ok": not problems, "problems": problems, "after_seconds": waited, "restarted": self.restarted, "restart_seconds": ready}
         return said | {"detected_seconds": detected, "settled_seconds": settled, "runs": states, "requests": load.asked, "failed_requests": len(load.failed)}
 
     def safely(self, *how_it_was: Any) -> list[str]:
