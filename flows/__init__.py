@@ -4,12 +4,14 @@ import contextlib
 from collections.abc import Iterator
 
 import click
+from prefect import tags
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 
 from pipeline import services
 from pipeline.command import opened_project
 from pipeline.project import Project, find_project
+from pipeline.schedule import TAG
 
 FLUSH_SECONDS = 3.0
 
@@ -30,5 +32,5 @@ def at_work() -> Iterator[Project]:
     if click.get_current_context(silent=True):
         yield find_project()
         return
-    with opened_project() as project, services.tracking(project):
+    with opened_project() as project, services.tracking(project), tags(TAG):  # on runs within this one, so that they are not left running if it is killed
         yield project

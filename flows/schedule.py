@@ -1,5 +1,8 @@
 """Deployments of the retrain flow on the user's Prefect server: one per recipe, one run at a time, no storm of missed runs. `tuneserve schedule` runs it.
 
+A run whose process is gone is found by its silence: runs send heartbeats, and an automation of the server, shared by all our schedules, marks as crashed what sends none any
+more. That frees its place, as the end of the lease does that the server holds for it.
+
 Prefect 3.7 keeps a schedule's `max_scheduled_runs` and reads it nowhere, and it has no catch-up setting: runs are planned ahead, and those whose time passed while
 no worker was there are all late, and all due. So the first that runs stands for the others (`stand_for_missed_runs`).
 """
@@ -26,6 +29,8 @@ from prefect.client.schemas.objects import ConcurrencyLimitStrategy, Concurrency
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.flows import Flow
 from prefect.states import Cancelled
@@ -36,15 +41,20 @@ from pydantic import ValidationError
 from pipeline.errors import Fault, InvalidInput, ServingError
 from pipeline.journal import without_credentials
 from pipeline.project import Project
-from pipeline.schedule import Schedule, Scheduled
+from pipeline.schedule import TAG, Schedule, Scheduled
 
-TAG = "tuneserve"
-"""Of every deployment that `tuneserve schedule` made; prefect.yaml gives it too."""
 ENTRYPOINT = "flows.retrain.retrain"
 """A module's path, so that a worker runs what is installed beside it, from whatever folder."""
 STRATEGIES = {"cancel-new": ConcurrencyLimitStrategy.CANCEL_NEW, "enqueue": ConcurrencyLimitStrategy.ENQUEUE}
 GRACE_SECONDS = 300
-"""How long a run may take from being taken to running (importing MLflow and Prefect on a busy host) before another may have its place."""
+"""How long a run may take from being taken to running (importing MLflow and Prefect on a busy host), or be silent, before another may have its place; the length of
+the lease that Prefect renews for a run."""
+HEARTBEAT_SECONDS = 30
+"""Prefect takes no less. A server may be away for nine of them without a run that lives being taken for dead."""
+ZOMBIES = "tuneserve: a run that is silent has crashed"
+"""The automation's name."""
+FORGETFUL = "prefect.server.concurrency.lease_storage.memory"
+"""Where a Prefect server keeps leases if it is not told otherwise: one that is killed knows of no place any more that is taken, and so frees none."""
 
 
 def deploy(schedule: Schedule, flow: Flow[..., Any], project: Project) -> Scheduled:
@@ -65,6 +75,7 @@ def deploy(schedule: Schedule, flow: Flow[..., Any], project: Project) -> Schedu
         if (kind := client.read_work_pool(schedule.pool).type) != "process":
             raise InvalidInput([Fault("--pool", "", f"{schedule.pool} is a work pool of type {kind}; name one of type process, or a new one")])
         environment = {key: value for key, value in project.environment().items() if not key.startswith("PREFECT_LOGGING")}  # a worker shows what its runs log
+        _watch_for_zombies(client)
         client.create_deployment(
             flow_id=flow_id,
             name=schedule.name,
@@ -77,7 +88,7 @@ def deploy(schedule: Schedule, flow: Flow[..., Any], project: Project) -> Schedu
             parameters=schedule.parameters,
             parameter_openapi_schema=parameter_schema(flow).model_dump(exclude_unset=True),
             enforce_parameter_schema=True,
-            job_variables={"working_dir": str(project.root), "env": environment},
+            job_variables={"working_dir": str(project.root), "env": environment | {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}},
             tags=[TAG],
             paused=False,
         )
@@ -87,8 +98,7 @@ def deploy(schedule: Schedule, flow: Flow[..., Any], project: Project) -> Schedu
 def scheduled() -> list[Scheduled]:
     """Every schedule of ours on the server, by name."""
     with _server() as client:
-        found = client.read_deployments(deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG])))
-        return sorted((_scheduled(client, each) for each in found), key=lambda each: each.name)
+        return sorted((_scheduled(client, each) for each in _deployments(client)), key=lambda each: each.name)
 
 
 def pause(flow_name: str, name: str) -> Scheduled:
@@ -105,9 +115,19 @@ def resume(flow_name: str, name: str) -> Scheduled:
 
 
 def remove(flow_name: str, name: str) -> None:
-    """Takes the deployment away, and the runs that it had planned; one that runs goes on."""
+    """Takes the deployment away, and the runs that it had planned; one that runs goes on. The last one takes the automation along."""
     with _server() as client:
         client.delete_deployment(_named(client, flow_name, name).id)
+        if not _deployments(client):
+            for found in client.read_automations_by_name(ZOMBIES):
+                client.delete_automation(found.id)
+
+
+def forgets_leases() -> bool:
+    """Whether the server, if it is killed, forgets which places are taken; False if it does not say."""
+    with _server() as client, contextlib.suppress(httpx.HTTPStatusError, ValueError, KeyError, TypeError):
+        return bool(client.request("GET", "/admin/settings").raise_for_status().json()["server"]["concurrency"]["lease_storage"] == FORGETFUL)
+    return False
 
 
 def stand_for_missed_runs() -> None:
@@ -132,6 +152,35 @@ def _server() -> Iterator[SyncPrefectClient]:
         raise ServingError(f"Prefect refuses: {without_credentials(str(error)).splitlines()[0]}; look at the server's log") from error
     except httpx.HTTPError as error:
         raise ServingError(f"no Prefect server answers at PREFECT_API_URL ({type(error).__name__}); start it, or correct the URL") from error
+
+
+def _watch_for_zombies(client: SyncPrefectClient) -> None:
+    """Makes the automation, or makes it what it should be. Its signs of life are any event of a run of ours, from when a worker takes it."""
+    taken = {f"prefect.flow-run.{name}" for name in ("Pending", "Submitting", "InfrastructurePending", "heartbeat")}
+    trigger = EventTrigger(
+        after=taken,
+        expect={"prefect.flow-run.*"},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related={"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"},
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=timedelta(seconds=GRACE_SECONDS),
+    )
+    crash = ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=f"silent for {GRACE_SECONDS} s: its process or its host is gone")
+    wanted = AutomationCore(name=ZOMBIES, description="Made by tuneserve schedule; goes with the last schedule.", trigger=trigger, actions=[crash])
+    first, *others = client.read_automations_by_name(ZOMBIES) or [None]
+    if first is None:
+        client.create_automation(wanted)
+    else:
+        client.update_automation(first.id, wanted)
+    for each in others:  # two commands made it at the same time
+        if each:
+            client.delete_automation(each.id)
+
+
+def _deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
+    return client.read_deployments(deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG])))
 
 
 def _timing(schedule: Schedule) -> CronSchedule | IntervalSchedule:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import STATE_FILE, Checkpoint, best, checkpoints, evaluations_without_gain, is_complete, resume_point
+from pipeline.checkpoint import STATE_FILE, Checkpoint, best, checkpoints, evaluations_without_gain, is_complete, missing_room, resume_point, size_bytes
 from tests.conftest import write_adapter
 
 ONE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -84,3 +84,29 @@ def test_a_training_that_goes_on_takes_the_new_intervals(tmp_path: Path) -> None
     found.take_cadence({"save_steps": 10, "logging_steps": 5})
     assert json.loads((found.folder / STATE_FILE).read_text("utf-8")) == {"global_step": 5, "save_steps": 10, "logging_steps": 5}
     assert is_complete(found, 1, sharded=False)
+
+
+@pytest.mark.parametrize(("free", "missing"), [(10_000_000, None), (0, "missing"), (-1, "{0} bytes, {1} are free for it, {2} are missing")])
+def test_the_room_that_the_next_checkpoint_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, missing: str | None) -> None:
+    """Half a checkpoint goes before the next is written, so its bytes are free for that."""
+    whole, half = write_checkpoint(tmp_path, 5), write_checkpoint(tmp_path, 10)
+    (half.folder / STATE_FILE).unlink()
+    for path in half.folder.iterdir():
+        path.write_bytes(b"")
+    (half.folder / "optimizer.pt").write_bytes(b"half")
+    needed = size_bytes(whole)
+    free = needed - 5 if free < 0 else free  # with the 4 bytes of the half one, one is missing
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free}))
+    said = missing_room(tmp_path, 1, sharded=False)
+    if missing is None:
+        assert said is None
+    else:
+        wanted = missing.format(f"{needed:,}", f"{needed - 1:,}", "1")
+        assert said and str(tmp_path) in said and wanted in said
+
+
+def test_a_disk_without_room_for_the_first_checkpoint_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 4096}))
+    assert "the first checkpoint takes more than the 4,096 bytes" in str(missing_room(tmp_path, 1, sharded=False))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 30}))
+    assert missing_room(tmp_path, 1, sharded=False) is None

@@ -106,16 +106,20 @@ def test_what_a_schedule_is_asked_reaches_the_deployment(project: Any, monkeypat
         return Scheduled(schedule.name, schedule.recipe, schedule.when, schedule.overlap, schedule.pool, paused=False, workers=0)
 
     monkeypatch.setattr(deployments, "deploy", deploy)
+    monkeypatch.setattr(deployments, "forgets_leases", lambda: True)
     done = tuneserve(project.root, "schedule", str(recipe), "--cron", WEEKLY, **SERVER)
     plain = {"recipe_path": "recipes/r.yaml", "training_seconds": 72 * 3600.0}
     assert done.returncode == 0, done.stderr
     assert asked.pop() == Schedule("r", "recipes/r.yaml", plain, cron=WEEKLY)
     assert f"cron {WEEKLY} (UTC), overlap cancel-new; next not planned yet; no run yet; 0 workers" in done.stdout
     assert "prefect worker start --pool tuneserve" in done.stdout
+    assert "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem" in done.stderr
+    monkeypatch.setattr(deployments, "forgets_leases", lambda: False)
     options = ["--interval", "600", "--overlap", "enqueue", "--timeout", "2h", "--watch", "10m", "--serving", str(serving), "--replica", "http://a:1"]
     done = tuneserve(project.root, "schedule", str(recipe), *options, "--name", "often", "--pool", "gpu", "--json", **SERVER)
     more = {"training_seconds": 7200.0, "watch_seconds": 600.0, "serving": "recipes/s.yaml", "replicas": ["http://a:1"]}
     assert asked.pop() == Schedule("often", "recipes/r.yaml", plain | more, interval_seconds=600, overlap="enqueue", pool="gpu")
+    assert "warning" not in done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert (said["name"], said["when"], said["worker"]) == ("often", "every 600 s", "prefect worker start --pool gpu")
 

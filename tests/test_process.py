@@ -71,6 +71,31 @@ def test_what_a_killed_parent_started_is_waited_for(tmp_path: Path) -> None:
     assert not (tmp_path / "lease").exists()
 
 
+def start_stubborn(folder: Path) -> process.Child:
+    argv, environment = [sys.executable, "-c", STUBBORN, str(folder)], Project(folder).child_environment()
+    child = process.start(argv, name="c", lease=folder / "lease", log=folder / "log", environment=environment, cwd=folder, grace_seconds=0.5)
+    wait_for(lambda: "up" in (folder / "log").read_text() and len(marked(folder)) >= 3)
+    return child
+
+
+@pytest.mark.parametrize("holder_lives", [True, False])
+def test_what_a_killed_supervisor_left_is_ended(tmp_path: Path, holder_lives: bool) -> None:
+    """By its holder, or by whoever needs the lease next; another command's processes stay."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    child, other = start_stubborn(tmp_path / "a"), start_stubborn(tmp_path / "b")
+    child.supervisor.kill()
+    child.supervisor.wait()
+    assert len(marked(tmp_path / "a")) >= 2  # the supervisor could end nothing
+    if holder_lives:
+        assert child.end() == -signal.SIGKILL
+    else:
+        child.lease.close()
+        process.wait_ended(tmp_path / "a/lease")
+    assert not marked(tmp_path / "a") and len(marked(tmp_path / "b")) >= 3
+    other.end()
+
+
 def test_end_ends_all_and_a_failure_names_the_log(tmp_path: Path) -> None:
     environment = Project(tmp_path).child_environment()
     start = lambda code: process.start(  # noqa: E731

@@ -213,5 +213,7 @@ def test_the_process_that_failed_first_is_blamed_with_its_own_log(tmp_path: Path
     own.write_text("MemoryError: no room\n", "utf-8")
     recipe = variant(training={"processes": 2, "micro_batch_size": 8})
     child = Child("training", log, log.open("rb"), supervisor=None)  # type: ignore[arg-type]
-    text = str(failure_of(child, recipe, tmp_path / "ranks"))
-    assert "process 1 of 2 was ended by signal 9" in text and str(own) in text and "MemoryError: no room" in text and "run it again" in text
+    text = str(failure_of(child, recipe, tmp_path, tmp_path / "ranks"))
+    assert (
+        "process 1 of 2 was ended by signal 9" in text and str(own) in text and "MemoryError: no room" in text and "run it again" in text and "full" not in text
+    )

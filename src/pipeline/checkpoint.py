@@ -11,6 +11,8 @@ from typing import Any
 from pipeline.adapter import read_adapter
 from pipeline.errors import AdapterInvalid
 
+LITTLE_BYTES = 1 << 20
+"""A disk with less is full."""
 STATE_FILE = "trainer_state.json"
 """What transformers' Trainer writes last (rank 0)."""
 
@@ -89,6 +91,24 @@ def resume_point(output: Path, processes: int, *, sharded: bool) -> Checkpoint |
         else:
             shutil.rmtree(checkpoint.folder)
     return complete
+
+
+def size_bytes(checkpoint: Checkpoint) -> int:
+    """What its files take, as far as they are written."""
+    return sum(path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file())
+
+
+def missing_room(output: Path, processes: int, *, sharded: bool) -> str | None:
+    """Which folder has no room for the next checkpoint, and how many bytes are missing; None if it has. To be asked after a training failed: what was cut short counts."""
+    free = shutil.disk_usage(output).free
+    found = checkpoints(output)
+    whole = [size_bytes(each) for each in found if is_complete(each, processes, sharded=sharded)]
+    cut = sum(size_bytes(each) for each in found if not is_complete(each, processes, sharded=sharded))
+    if whole and (missing := max(whole) - free - cut) > 0:  # resume_point removes what was cut short
+        return f"the disk of {output} is full: a checkpoint takes {max(whole):,} bytes, {free + cut:,} are free for it, {missing:,} are missing"
+    if not whole and free < LITTLE_BYTES:
+        return f"the disk of {output} is full: the first checkpoint takes more than the {free + cut:,} bytes that are free for it"
+    return None
 
 
 def best(output: Path) -> Checkpoint | None:

@@ -12,7 +12,7 @@ import click
 from pipeline.cli_serving import adapter_of, chosen_replicas, evaluate_on_option, evaluation_replica, fleet_options, must_reach_all, seconds_of, show_promotion
 from pipeline.command import flow_servers, json_option, opened_project, recipe_argument
 from pipeline.errors import Fault, InvalidInput, ServingError
-from pipeline.schedule import POOL, TRAINING_SECONDS, Overlap, Schedule, checked_timing, no_server
+from pipeline.schedule import FORGETS_LEASES, POOL, TRAINING_SECONDS, Overlap, Schedule, checked_timing, no_server
 
 if TYPE_CHECKING:
     from pipeline.project import Project
@@ -217,9 +217,11 @@ def schedule(
         parameters |= {"watch_seconds": watch_seconds} if watch_seconds else {}
         wanted = Schedule(name or recipe.stem, shown, parameters, cron, interval_seconds, zone, overlap or "cancel-new", pool or POOL)
         from flows.retrain import retrain as flow
-        from flows.schedule import deploy
+        from flows.schedule import deploy, forgets_leases
 
         made = deploy(wanted, flow, opened)
+        if forgets_leases():
+            click.echo(f"warning: {FORGETS_LEASES}", err=True)
     if as_json:
         click.echo(json.dumps({**made.__dict__, "worker": _worker_command(made.pool)}))
         return

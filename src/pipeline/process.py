@@ -21,6 +21,8 @@ GRACE_SECONDS = 4.0
 
 END_SECONDS = 30.0
 """What a command may take to end once its holders are dead."""
+LEASE_VARIABLE = "TUNESERVE_LEASE"
+"""In the environment of a command and of all that it starts: the path of its lease. By it what a killed supervisor left behind is found."""
 EXCEPTION_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): .+")
 
 
@@ -34,7 +36,7 @@ class Child:
     supervisor: subprocess.Popen[bytes]
 
     def poll(self) -> int | None:
-        """The command's exit code (128 + signal if a signal ended it), or None while it or one of its descendants runs."""
+        """The command's exit code (128 + signal if a signal ended it), or None while it or one of its descendants runs; negative if its supervisor was killed."""
         return self.supervisor.poll()
 
     def end(self) -> int:
@@ -42,6 +44,8 @@ class Child:
         if self.supervisor.poll() is None:
             self.supervisor.terminate()
         code = self.supervisor.wait()
+        if code < 0:  # killed itself, it could end nothing
+            end_orphans(self.lease.name)
         self.lease.close()
         return code
 
@@ -94,13 +98,30 @@ def supervised(lease_prefix: str) -> bool:
     return any(argument.startswith(lease_prefix) for found in psutil.process_iter(["cmdline"]) for argument in (found.info["cmdline"] or [])[:5])
 
 
+def end_orphans(lease_prefix: str) -> None:
+    """Kills every process of commands whose lease's path starts so; for those whose supervisor was killed with its holders or before them."""
+    while left := list(_members(lease_prefix)):
+        for found in left:
+            with contextlib.suppress(psutil.NoSuchProcess):  # psutil compares the time of its start, so that no other process is meant
+                found.kill()
+        psutil.wait_procs(left, timeout=1.0)
+
+
+def _members(lease_prefix: str) -> Iterator[psutil.Process]:
+    for found in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # ended meanwhile, a zombie, or another user's
+            if found.environ().get(LEASE_VARIABLE, "").startswith(lease_prefix) and found.status() != psutil.STATUS_ZOMBIE:
+                yield found
+
+
 def wait_ended(lease: Path, timeout_seconds: float = END_SECONDS) -> None:
-    """Returns once nothing of the command of `lease` runs any more, whose holders are dead. Raises ProcessFailed if it does not end."""
+    """Returns once nothing of the command of `lease` runs any more, whose holders are dead; what a killed supervisor left is ended. Raises ProcessFailed if it does not end."""
     deadline = time.monotonic() + timeout_seconds
     while supervised(str(lease)):
         if time.monotonic() > deadline:
             raise ProcessFailed(f"an earlier command of {lease} still runs; if no other tuneserve uses it, end its supervisor (pipeline.supervisor {lease})")
         time.sleep(0.1)
+    end_orphans(str(lease))
     lease.unlink(missing_ok=True)  # left behind by a power cut, say
 
 
@@ -118,7 +139,7 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=dict(environment),
+            env={**environment, LEASE_VARIABLE: str(lease)},
             cwd=cwd,
             start_new_session=True,
         )

@@ -232,7 +232,7 @@ class Registry:
                         f"{error} The adapter is trained and kept in {adapter.folder}; once MLflow is back, train again: it only registers then."
                     ) from error
                 logger.warning("registry away", extra={"run_id": run_id})
-                print(f"MLflow at {self.uri} is away; the adapter is trained, trying again to register it", file=sys.stderr)
+                print(f"{str(error).partition(chr(10))[0]} The adapter is trained, trying again to register it", file=sys.stderr)
                 time.sleep(RETRY_SECONDS)
 
     def _register(self, name: str, run_id: str, adapter: Adapter, extra_files: Mapping[str, str], tags: Mapping[str, str]) -> MlflowVersion:

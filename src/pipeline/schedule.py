@@ -8,6 +8,8 @@ from pipeline.errors import Fault, InvalidInput
 
 POOL = "tuneserve"
 """The work pool, of type process, that a worker on the training host polls."""
+TAG = "tuneserve"
+"""Of every deployment that `tuneserve schedule` made, and of its runs; prefect.yaml gives it too."""
 TRAINING_SECONDS = 72 * 3600.0
 """What a training may take unless the schedule says otherwise; one that is ended goes on from its last checkpoint at the next run."""
 Overlap = Literal["cancel-new", "enqueue"]
@@ -68,6 +70,12 @@ def checked_timing(cron: str | None, interval_seconds: int | None, timezone: str
         return zoneinfo.ZoneInfo(timezone).key
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         raise InvalidInput([Fault("--timezone", "", f"{timezone!r} is no time zone; give an IANA name, for example Europe/Berlin")]) from None
+
+
+FORGETS_LEASES = (
+    "this Prefect server keeps in memory which run holds a schedule's place: killed, it never frees that place, and takes it from a run that lives; start it with "
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem (several servers: prefect_redis.lease_storage)"
+)
 
 
 def no_server(embedded_url: str | None) -> InvalidInput:

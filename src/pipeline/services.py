@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MLFLOW, PREFECT = "mlflow", "prefect"
 DATABASE = "mlflow.db"
 """The embedded MLflow's SQLite file in mlruns/."""
+LEASES_ON_DISK = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 END_SECONDS = 30.0
 START_SECONDS = 120.0
 """A server of ours that is not up by then has failed; on two busy cores MLflow and Prefect take up to 40 s."""
@@ -142,6 +143,7 @@ def _join(project: Project, name: str) -> tuple[Service, IO[bytes]] | None:
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 return running, process.join_lease(Path(running.lease))
         elif not process.supervised(str(project.services / f"{name}@")):  # by a command that was killed before it could record the service
+            process.end_orphans(str(project.services / f"{name}@"))
             for stale in project.services.glob(f"{name}@*.lease*"):  # after a power cut, say
                 stale.unlink()
             return None
@@ -282,14 +284,14 @@ def mlflow_server(project: Project) -> Iterator[Service]:
 
 @contextlib.contextmanager
 def prefect_server(project: Project) -> Iterator[Service]:
-    """The local Prefect server: SQLite below .tuneserve/prefect."""
+    """The local Prefect server: SQLite below .tuneserve/prefect, and there too, to outlive a server that is killed, which run holds a schedule's place."""
 
     def command() -> tuple[list[str], str]:
         port = free_port(4200)
         argv = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
         return argv, f"http://127.0.0.1:{port}"
 
-    with service(project, PREFECT, identity=str(project.state / "prefect"), command=command, health="/api/health") as up:
+    with service(project, PREFECT, identity=str(project.state / "prefect"), command=command, health="/api/health", environment=LEASES_ON_DISK) as up:
         yield up
 
 

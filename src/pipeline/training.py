@@ -317,14 +317,16 @@ def _run_swift(recipe: FinetuneRecipe, folder: Path, project: Project, follow_lo
         follow_log.read()
         if child.poll() != 0:
             logger.error("training failed", extra={"log": str(child.log), "exit_code": child.poll()})
-            raise failure_of(child, recipe, rank_logs)
+            raise failure_of(child, recipe, folder / "swift", rank_logs)
     finally:
         child.end()
 
 
-def failure_of(child: process.Child, recipe: FinetuneRecipe, rank_logs: Path) -> ProcessFailed:
-    """The error of a training that failed; of several processes, the one that torchrun says failed first, with that one's own log."""
+def failure_of(child: process.Child, recipe: FinetuneRecipe, output: Path, rank_logs: Path) -> ProcessFailed:
+    """The error of a training that failed; of several processes, the one that torchrun says failed first, with that one's own log. A full disk comes first."""
     what = f"training {recipe.name} failed; run it again to go on from its last checkpoint"
+    if full := checkpoint.missing_room(output, recipe.training.processes, sharded=recipe.training.deepspeed is not None):
+        what = f"training {recipe.name} failed: {full}; make room (tuneserve gc), and run it again to go on from its last checkpoint"
     found = ROOT_CAUSE.search(child.log.read_text("utf-8", "replace"))
     if found is None:
         return child.failure(what)

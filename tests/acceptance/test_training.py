@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from pipeline.checkpoint import checkpoints, is_complete
 from pipeline.dataset import IMAGE_TAG
@@ -39,8 +40,9 @@ def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
 def change(sandbox: Sandbox, recipe: str = RECIPE, **values: object) -> None:
     """Sets keys of the recipe's `training:`."""
     path = sandbox.root / recipe
-    lines = [line for line in path.read_text("utf-8").splitlines() if line.split(":")[0].strip() not in values]
-    path.write_text("\n".join([*lines, *(f"  {key}: {value}" for key, value in values.items())]) + "\n", "utf-8")
+    content = yaml.safe_load(path.read_text("utf-8"))
+    content["training"] |= {key: None if value == "null" else value for key, value in values.items()}
+    path.write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
 
 
 def output(sandbox: Sandbox) -> Path | None:
