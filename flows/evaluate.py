@@ -11,7 +11,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from pipeline import judge, parity, registry, trial
-from pipeline.assessment import BASE, CHAMPION, FEW_SHOT, Assessment, assess
+from pipeline.assessment import BASE, CHAMPION, FEW_SHOT, Assessment, Recorded, assess
 from pipeline.card import card
 from pipeline.dataset import load_dataset
 from pipeline.errors import ServingError
@@ -26,7 +26,7 @@ from pipeline.progress import progress
 from pipeline.project import Project, find_project
 from pipeline.recipe import FinetuneRecipe, Judge, load_recipe
 from pipeline.reference import read_reference
-from pipeline.registry import Registry, Version
+from pipeline.registry import EVAL_DIGEST, RECHECK, Registry, Version
 from pipeline.serving.client import Replica
 
 SHOTS = 3
@@ -84,6 +84,8 @@ def record(registered: Registry, version: Version, found: Assessment) -> Assessm
         "reasons": found.decision.text[:4000],
         "dataset_digest": found.dataset_digest,
         **({"judge": found.judge} if found.judge else {}),
+        **({EVAL_DIGEST: found.eval_digest} if found.eval_digest else {}),
+        **({RECHECK: "true"} if found.recorded and found.recorded.version == found.version else {}),
     }
     files = {"answers.jsonl": found.table(), "assessment.json": json.dumps(found.as_dict(), indent=2), "assessment.md": found.markdown()}
     create_markdown_artifact(found.markdown(), key="assessment", description=f"{found.version}: {found.decision.verdict}")
@@ -123,10 +125,11 @@ def examine(
     baselines: bool = False,
     limit: int | None = None,
     evaluate_on: str | None = None,
+    recorded: Recorded | None = None,
 ) -> Assessment:
     """Puts a version on trial, asks it, the champion and the base, has a judge grade them if the rules name one, decides, and records all of it.
 
-    `evaluate_on` and the others as in `evaluate`. Raises ServingError if a replica does not serve it, or the judge does not grade; InvalidInput without the judge's key.
+    `recorded`: stands for the champion, which is not asked. `evaluate_on` and the others as in `evaluate`. Raises ServingError if a replica does not serve it, or the judge does not grade; InvalidInput without the judge's key.
     """
     recipe = recipe_of(registered, version, recipe_path)
     rules = recipe.promotion
@@ -139,13 +142,14 @@ def examine(
             asked, base = replica_of(asked_fleet, version.name)
             shown = replayed(registered, version, asked)
             champion = registered.champion(version.name)
-            sides = answers_of_all(version, champion, (asked.url, base), questions, rows.train if baselines else None, file)
+            sides = answers_of_all(version, None if recorded else champion, (asked.url, base), questions, rows.train if baselines else None, file)
     if rules.judge:
         sides = graded(sides, rules.judge, file)
     own, champions = sides.pop(version.label), sides.pop(CHAMPION, None)
     against = (champion.label, champions) if champion and champions else None
     same = champion is not None and champion.digest == version.digest
-    found = assess(version.label, own, against, sides, rules, same_digest=same, dataset_digest=rows.digest, parity=shown)
+    digests = {"dataset_digest": rows.digest, "eval_digest": rows.eval_digest if questions is rows.eval else ""}
+    found = assess(version.label, own, against, sides, rules, same_digest=same, parity=shown, recorded=recorded, **digests)
     return record(registered, version, found)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.comparison import Comparison, compare, worst
+from pipeline.comparison import Comparison, against_level, compare, worst
 from pipeline.decision import Decision, Evidence, decide
 from pipeline.evaluation import METRICS, Answer, Evaluation, data_url
 from pipeline.parity import Parity
@@ -21,6 +21,15 @@ BASE, FEW_SHOT, CHAMPION = "base", "base with examples", "champion"
 SHOWN_REGRESSIONS = 5
 SHOWN_PIXELS = 256
 """Longest side of a picture in a report."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a version came to on the same held-out rows, once: its label, its means by metric and by `METRIC.PART` as `Assessment.metrics` has them, and the run that holds them."""
+
+    version: str
+    values: Mapping[str, float]
+    run_id: str
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,10 @@ class Assessment:
     dataset_digest: str = ""
     parity: Parity | None = None
     """None where nothing was replayed."""
+    eval_digest: str = ""
+    """Of the held-out rows, if all of them were asked."""
+    recorded: Recorded | None = None
+    """What stands for the champion that was not asked."""
     run_id: str = field(default="", compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -46,6 +59,7 @@ class Assessment:
             "champion": self.champion,
             "metric": self.rules.metric,
             "judge": self.judge,
+            "on_record": self.recorded.run_id if self.recorded else None,
             "examples": len(self.own.answers),
             "dataset_digest": self.dataset_digest,
             "scores": {side: figures(answers) for side, answers in sides.items()},
@@ -106,7 +120,8 @@ class Assessment:
             parts = ", ".join(f"{part} {part_mean(answers, part, metric):.1%}" for part in answers.parts)
             judged = f", judge {answers.mean('judge'):.1%}" if self.judge and metric != "judge" else ""
             found.append(f"{side:>20}: {answers.mean(metric):.1%} ({parts}){judged}")
-        found += [f"against {self._name(side)}: {comparisons[0]}" for side, comparisons in self.against.items()]
+        by_record = f" on record (run {self.recorded.run_id})" if self.recorded else ""
+        found += [f"against {self._name(side)}{by_record if side == CHAMPION else ''}: {comparisons[0]}" for side, comparisons in self.against.items()]
         found += [f"parity: {self.parity.verdict}, {self.parity.reason}"] if self.parity else []
         return [*found, f"decision: {self.decision.text}"]
 
@@ -144,20 +159,36 @@ def assess(
     same_digest: bool = False,
     dataset_digest: str = "",
     parity: Parity | None = None,
+    eval_digest: str = "",
+    recorded: Recorded | None = None,
 ) -> Assessment:
-    """Compares and decides. `champion`: its label and its answers to the same examples; `same_digest`: it has the very same weights."""
+    """Compares and decides. `champion`: its label and its answers to the same examples; `same_digest`: it has the very same weights.
+
+    `recorded` stands for a champion that cannot be asked the same way: as good as that is enough.
+    """
     sides = {**({CHAMPION: champion[1]} if champion else {}), **others}
     against = {side: compare(own, answers, rules.metric, rules.confidence) for side, answers in sides.items()}
+    label = recorded.version if recorded else champion[0] if champion else None
+    if recorded:
+        against[CHAMPION] = against_record(own, recorded, rules)
     evidence = Evidence(
         examples=len(own.answers),
         mean=own.mean(rules.metric),
         p95_seconds=own.seconds(95),
-        champion=champion[0] if champion else None,
+        champion=label,
         against_champion=against.get(CHAMPION),
         same_digest=same_digest,
         faithful_fault=parity_fault(parity, rules) if parity else None,
+        on_record=recorded is not None,
     )
-    return Assessment(version, champion[0] if champion else None, rules, own, sides, against, decide(evidence, rules), dataset_digest, parity)
+    return Assessment(version, label, rules, own, sides, against, decide(evidence, rules), dataset_digest, parity, eval_digest, recorded)
+
+
+def against_record(own: Evaluation, recorded: Recorded, rules: PromotionRules) -> list[Comparison]:
+    """As `compare`, against the means that are on record, the rules' metric among them."""
+    levels = {"": recorded.values[rules.metric]}
+    levels |= {part: recorded.values[key] for part in own.parts if (key := f"{rules.metric}.{_key(part)}") in recorded.values}
+    return [against_level(own, level, rules.metric, rules.confidence, part) for part, level in levels.items()]
 
 
 def parity_fault(parity: Parity, rules: PromotionRules) -> str | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pipeline import cli_adapters, cli_bench, cli_evaluation, cli_feedback, cli_plan, cli_retraining, cli_serving, cli_status
+from pipeline import cli_adapters, cli_bench, cli_evaluation, cli_feedback, cli_plan, cli_rebase, cli_retraining, cli_serving, cli_status
 from pipeline.cli_plan import ignore_plan_option, refuse_what_cannot_fit
 from pipeline.command import SERVING_RECIPE, begin_journal, flow_servers, json_option, opened_project, recipe_argument, using_caches
 from pipeline.errors import Fault, InvalidInput, TuneserveError
@@ -41,6 +41,7 @@ ELSEWHERE = (
     cli_status.status,
     cli_bench.bench,
     cli_feedback.feedback,
+    cli_rebase.rebase,
     *cli_adapters.COMMANDS,
     *cli_evaluation.COMMANDS,
     *cli_retraining.COMMANDS,

@@ -49,10 +49,11 @@ def compare(one: Evaluation, other: Evaluation, metric: str, confidence: float) 
     return found + [_compared(part, [pairs[index] for index in one.indices(part)], confidence) for part in one.parts]
 
 
-def against_level(one: Evaluation, level: float, metric: str, confidence: float) -> Comparison:
-    """All examples against what the metric was on others, which counts as known; the interval tells how sure the mean of these is. As `compare`."""
+def against_level(one: Evaluation, level: float, metric: str, confidence: float, part: str = "") -> Comparison:
+    """All examples, or those of a part, against a mean of before, which counts as known; the interval tells how sure the mean of these is. As `compare`."""
     value = METRICS[metric]
-    return _compared("", [(value(answer), level) for answer in one.answers], confidence)
+    chosen = [one.answers[index] for index in one.indices(part)] if part else one.answers
+    return _compared(part, [(value(answer), level) for answer in chosen], confidence)
 
 
 def _compared(part: str, pairs: Sequence[tuple[float, float]], confidence: float) -> Comparison:

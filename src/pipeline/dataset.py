@@ -57,6 +57,11 @@ class Dataset:
         """SHA-256 over the content of the training rows, in their order."""
         return hashlib.sha256(json.dumps(self.row_digests[0]).encode()).hexdigest()
 
+    @property
+    def eval_digest(self) -> str:
+        """The same of the held-out rows: scores on equal ones can be held against each other."""
+        return hashlib.sha256(json.dumps(self.row_digests[1]).encode()).hexdigest()
+
     def is_of(self, given: "Dataset") -> bool:
         """Whether these are the rows of `given`, in their order, but for those that were left out since."""
         for mine, theirs, dropped in zip(self.row_digests, given.row_digests, (a - b for a, b in zip(self.dropped, given.dropped, strict=True)), strict=True):

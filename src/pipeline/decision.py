@@ -43,6 +43,8 @@ class Evidence:
     against_champion: Sequence[Comparison] | None = None
     same_digest: bool = False
     """The champion has the very same weights."""
+    on_record: bool = False
+    """The champion was not asked, since it is of another base or stack: it stands for itself by its record, and as good as that is enough."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,10 @@ class Decision:
 
 
 def decide(evidence: Evidence, rules: PromotionRules) -> Decision:
-    """Refuse what is not servable, live, faithful, measured, or is worse where that is not allowed; keep the champion on a tie; else promote."""
+    """Refuse what is not servable, live, faithful, measured, or is worse where that is not allowed; keep the champion on a tie; else promote.
+
+    Where the champion stands by its record alone, what is not worse by more than `allowed_loss` is promoted.
+    """
     refusals = tuple(_refusals(evidence, rules))
     if refusals:
         return Decision("refuse", refusals)
@@ -71,6 +76,10 @@ def decide(evidence: Evidence, rules: PromotionRules) -> Decision:
             "promote", (Reason("above-floor", f"{rules.metric} {evidence.mean:.1%} is at least the floor of {rules.floor:.1%}, and there is no champion"),)
         )
     compared = f"{rules.metric} {overall} at {rules.confidence:.0%} confidence"
+    if evidence.on_record:
+        if not overall.gain >= -rules.allowed_loss:
+            return Decision("refuse", (Reason("worse", f"{compared}: {evidence.champion} was better on record, by more than {rules.allowed_loss:.1%}"),))
+        return Decision("promote", (Reason("as-good", f"{compared}: as good as {evidence.champion} on record, within {rules.allowed_loss:.1%}"),))
     if evidence.same_digest:
         return Decision("keep", (Reason("same-adapter", f"{evidence.champion} has the very same weights"),))
     if not overall.low > rules.minimum_gain:

@@ -214,7 +214,7 @@ class PromotionRules(Section):
     protect: tuple[str, ...] = ()
     """Parts of the held-out rows that may not get worse: a `kind` or `slice` of the rows, or `images=2`."""
     allowed_loss: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """By so much the mean over a protected part may fall."""
+    """By so much the mean over a protected part may fall; with `tuneserve rebase`, the mean over all rows too."""
     max_p95_seconds: Annotated[float, Field(gt=0)] | None = None
     """95 of 100 answers must be there within this, asked 16 at a time."""
     min_examples: Annotated[int, Field(ge=2)] = 20

@@ -45,6 +45,8 @@ from pipeline.version import (
 
 logger = logging.getLogger(__name__)
 EXPERIMENT, HISTORY = "tuneserve", "tuneserve-history"
+EVAL_DIGEST, RECHECK = "dataset_eval_digest", "recheck"
+"""Tags of an evaluation: the held-out rows that were all asked; set where a champion was looked at again on another stack."""
 CARD_FILE = "card.md"
 """Beside the version's folder, not in it: it is written anew after each evaluation."""
 DESCRIPTION_CHARACTERS = 5000
@@ -294,6 +296,14 @@ class Registry:
             self.client.set_terminated(run_id, "FINISHED")
         return run_id
 
+    def evaluated(self, version: Version, eval_digest: str) -> tuple[str, Mapping[str, float]] | None:
+        """The newest evaluation of `version` on all of these held-out rows: its run's id and metrics. One that looked at it again on another stack does not count; None if there is none."""
+        tags = {"evaluated": version.label, "digest": version.digest, EVAL_DIGEST: eval_digest}
+        asked = " and ".join(f"tags.`{TAG}{key}` = '{value}'" for key, value in tags.items())
+        with _translated(self.uri):
+            found = self.client.search_runs([self._experiment_id()], asked, order_by=["attributes.start_time DESC"])
+        return next(((run.info.run_id, dict(run.data.metrics)) for run in found if TAG + RECHECK not in run.data.tags), None)
+
     def entries(self, name: str) -> list[tuple[str, float, Mapping[str, str]]]:
         """The history of `name` (history.py), newest first: each entry's id, its unix time and its fields."""
         with _translated(self.uri):
@@ -326,6 +336,17 @@ class Registry:
             with tempfile.TemporaryDirectory() as folder:
                 found = self.client.download_artifacts(version.run_id, f"{ARTIFACT_FOLDER}/{REFERENCE_FILE}", folder)
                 return Path(found).read_text("utf-8")
+
+    def live(self) -> list[tuple[str, str]]:
+        """Name and number of every champion, whoever registered it, by name."""
+        found: list[tuple[str, str]] = []
+        page: str | None = None
+        with _translated(self.uri):
+            while page != "":
+                models = self.client.search_registered_models(max_results=1000, page_token=page)
+                found += [(model.name, str(model.aliases[CHAMPION])) for model in models if CHAMPION in model.aliases]
+                page = models.token or ""
+        return sorted(found)
 
     def champion(self, name: str) -> Version | None:
         """The version under the alias `champion`, or None."""

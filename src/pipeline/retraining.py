@@ -46,7 +46,7 @@ def changes(before: Mapping[str, str] | None, now: Mapping[str, str], label: str
         return (Reason("origin-unknown", f"what {label} was trained from is {NOT_ON_RECORD}"),)
     if before["input_digest"] == now["input_digest"]:
         return ()
-    found = [*_rows(before, now), *_base(before, now), *_recipe(before, now)]
+    found = [*_rows(before, now), *_base(before, now), *settings_changed(before, now)]
     return tuple(found or [Reason(LIBRARIES, _libraries(before, now))])
 
 
@@ -76,8 +76,8 @@ def _base(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Reason]
             yield Reason(code, f"the {what} is another ({old[:12]} -> {new[:12]})")
 
 
-def _recipe(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Reason]:
-    """Keys that an older tuneserve did not know are no change: they have the values that it meant."""
+def settings_changed(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Reason]:
+    """One reason if the recipe's keys that decide what a training makes have other values. Keys that an older tuneserve did not know are no change: they have the values that it meant."""
     undeciding = [key for key in UNDECIDING if key != CHECKPOINT_STEPS or now.get(EARLY_STOPPING) == "None"]
     keys = [key for key in before if key.partition(".")[0] in FinetuneRecipe.model_fields and not key.startswith(tuple(undeciding))]
     if changed := sorted(key for key in keys if before[key] != now.get(key)):

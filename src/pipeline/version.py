@@ -31,6 +31,8 @@ RETRAINED_TAG = TAG + "retrained_because"
 """What `tuneserve retrain` found changed before it trained the version."""
 DECIDED_TAG = TAG + "retrain_decision"
 """What it decided about the version last, with the values that were compared."""
+REBASE_TAG = TAG + "rebase_passed"
+"""On a version that passed the gate of a rebase (rebasing.Passed, as JSON)."""
 ARTIFACT_FOLDER = "adapter"
 """A version's files lie in this folder of its run."""
 
