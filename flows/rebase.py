@@ -42,14 +42,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Member:
-    """A model of the batch: its recipe, its rows, its champion, what that needs, and its record on these rows (None where nothing is to be done).
+    """A model of the batch: its recipe, the digest of its rows, its champion, what that needs, and its record on these rows (None where nothing is to be done).
 
     `interrupted`: the champion is on the new base already, by a promotion that was killed before it was seen through.
     """
 
     path: Path
     recipe: FinetuneRecipe
-    rows: Dataset
+    dataset_digest: str
     champion: Version
     need: Need
     recorded: Recorded | None = None
@@ -58,10 +58,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a member. `version`: the one that is to be champion; `fault`: why it is not through; `promotion` is None where no alias moved."""
+    """What became of a member. `version`: the one that is to be champion, as far as it is there; `fault`: why it is not through; `promotion` is None where no alias moved."""
 
     member: Member
-    version: Version | None = None
+    version: Version
     trained: bool = False
     passed: Passed | None = None
     fault: str = ""
@@ -81,7 +81,7 @@ class Result:
             "champion": int(self.member.champion.version),
             "need": self.member.need.step,
             "reasons": [reason.as_dict() for reason in self.member.need.reasons],
-            "version": int(self.version.version) if self.version else None,
+            "version": int(self.version.version),
             "trained": self.trained,
             "through": self.through,
             "gate": self.passed.reasons if self.passed else None,
@@ -99,7 +99,7 @@ class Result:
         came_to = self.passed.reasons if self.passed else "not looked at"
         if self.member.need.step == "re-check":
             return f"{champion}: re-checked, {why}: {came_to}"
-        new = f"{'trained' if self.trained else 'was trained before:'} {self.version.label if self.version else 'none'}"
+        new = f"{'trained' if self.trained else 'was trained before:'} {self.version.label}"
         return f"{champion}: {new}, {why}: {came_to}{'; it is champion' if self.promotion else ''}"
 
 
@@ -115,12 +115,12 @@ class Rebased:
     def kept_back(self) -> str:
         """Why no alias moved; '' if all are through."""
         failed = [f"{each.member.champion.label}: {each.fault}" for each in self.results if each.fault]
-        left = [each.version.label for each in self.results if each.moves and each.version]
+        left = [each.version.label for each in self.results if each.moves]
         kept = f"; passed, and kept for the next run: {', '.join(left)}" if left else ""
         return f"{len(failed)} of {len(self.results)} are not through, so no alias is moved: {'; '.join(failed)}{kept}" if failed else ""
 
     def as_dict(self) -> dict[str, Any]:
-        moved = [each.version.label for each in self.results if each.promotion and each.version]
+        moved = [each.version.label for each in self.results if each.promotion]
         return {"now": self.now.as_dict(), "batch": [each.as_dict() for each in self.results], "moved": moved, "seconds": round(self.seconds, 1)}
 
     def lines(self) -> list[str]:
@@ -177,7 +177,7 @@ def member_of(registered: Registry, path: Path, recipe: FinetuneRecipe, rows: Da
     found = need(binding_of(registered, champion), now)
     if found.step == "nothing":
         newest = next(iter(history(registered, name)), None)
-        return Member(path, recipe, rows, champion, found, interrupted=bool(newest and newest.open))
+        return Member(path, recipe, rows.digest, champion, found, interrupted=bool(newest and newest.open))
     promotion.refuse_switched_off(registered.deployment(name), champion)
     run_id, values = registered.evaluated(champion, rows.eval_digest) or ("", {})
     if recipe.promotion.metric not in values:
@@ -185,7 +185,7 @@ def member_of(registered: Registry, path: Path, recipe: FinetuneRecipe, rows: Da
             f"{champion.label}: its {recipe.promotion.metric} on all rows of {recipe.dataset.eval} is not on record, and the new base's servers cannot be asked for it; "
             f"evaluate it where it is served: tuneserve evaluate {champion.label} --recipe {path} --replica URL"
         )
-    return Member(path, recipe, rows, champion, found, Recorded(champion.label, values, run_id))
+    return Member(path, recipe, rows.digest, champion, found, Recorded(champion.label, values, run_id))
 
 
 def binding_of(registered: Registry, version: Version) -> Binding:
@@ -227,7 +227,6 @@ def brought_through(registered: Registry, member: Member, now: Binding, fleet: F
     try:
         if member.need.step == "re-train":
             result = train(member, project)
-        assert result.version
         return replace(result, passed=pass_gate(registered, member, result.version, now, fleet, project, evaluate_on))
     except TuneserveError as error:
         return replace(result, fault=str(error).partition("\n")[0])
@@ -243,7 +242,7 @@ def train(member: Member, project: Project) -> Result:
 def pass_gate(registered: Registry, member: Member, version: Version, now: Binding, fleet: Fleet, project: Project, evaluate_on: str | None) -> Passed:
     """Asked once for the same adapters, rows, rules and libraries, if it passed. Raises ServingError if it does not; what came of it is in the history, too."""
     recipe, champion = member.recipe, member.champion
-    gate = gate_of(gate_digest(version.digest, champion.digest, member.rows.digest, recipe.promotion), now.libraries)
+    gate = gate_of(gate_digest(version.digest, champion.digest, member.dataset_digest, recipe.promotion), now.libraries)
     before = read_passed(registered.tags(version).get(REBASE_TAG))
     if before and before.gate == gate:
         return before
@@ -274,13 +273,12 @@ def move_all(registered: Registry, results: Sequence[Result], fleet: Fleet, proj
             said = move_back(registered, [done for done in moved if done.promotion], project, str(error).partition("\n")[0] or type(error).__name__)
             if not isinstance(error, TuneserveError):
                 raise
-            raise ServingError(f"{each.version.label if each.version else each.member.recipe.name} could not be made champion: {error} {said}") from error
+            raise ServingError(f"{each.version.label} could not be made champion: {error} {said}") from error
     return moved
 
 
 def move(registered: Registry, result: Result, fleet: Fleet, project: Project) -> Promotion:
     member, passed = result.member, result.passed
-    assert result.version
     why = grounds(project, "rebase: its interrupted promotion is seen through")
     if passed:
         why = grounds(project, f"rebase: {passed.reasons}", scores=passed.scores, evaluation_run=passed.evaluation_run, gate=passed.gate)
@@ -295,7 +293,6 @@ def move_back(registered: Registry, moved: Sequence[Result], project: Project, b
     back, stuck = [], []
     for each in reversed([done for done in moved if done.version != done.member.champion]):
         champion = each.member.champion
-        assert each.version
         why: Grounds = grounds(project, f"rebase taken back: {because}")
         lock = model_lock(project, "promote", champion.name)
         try:

@@ -49,7 +49,7 @@ def rebase(
 
     for path in recipes:
         load_recipe(path, FinetuneRecipe)  # wrong input is refused before any server starts
-    with opened_project() as project, flow_servers(project) as (mlflow_uri, _):
+    with opened_project() as project, flow_servers(project):
         from flows.rebase import rebase as flow
         from pipeline.fleet import addresses_of
 

@@ -94,6 +94,36 @@ def need(then: Binding, now: Binding) -> Need:
     return Need("nothing")
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A champion: what it is bound to, what is here now, what it needs, and the recipes (files) that would train it again. `then` is None where that is not known."""
+
+    name: str
+    version: str
+    then: Binding | None
+    now: Binding
+    need: Need
+    recipes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "version": int(self.version),
+            "bound_to": self.then.as_dict() if self.then else None,
+            "now": self.now.as_dict(),
+            "need": self.need.step,
+            "reasons": [reason.as_dict() for reason in self.need.reasons],
+            "recipes": list(self.recipes),
+        }
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        why = "".join(f", {reason}" for reason in self.need.reasons)
+        found = [f"{self.name}/{self.version}: {'nothing to do' if self.need.step == 'nothing' else self.need.step}{why}"]
+        found += [f"    bound to {self.then}"] if self.then else []
+        return [*found, f"    recipe: {which_recipe(self.recipes, self.name)}"]
+
+
 def gate_of(gate: str, libraries: Mapping[str, str]) -> str:
     """The digest of all that decides how a rebase's gate comes out: `retraining.gate_digest`, and what serves."""
     return hashlib.sha256(json.dumps(["rebase", gate, dict(libraries)], sort_keys=True).encode()).hexdigest()
