@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.assessment import BASE, CHAMPION, assess
+from pipeline.assessment import BASE, CHAMPION, Recorded, assess
 from pipeline.evaluation import Answer, Evaluation
 from pipeline.example import Example
 from pipeline.parity import NO_REFERENCE, Mismatch, Parity
@@ -81,6 +81,21 @@ def test_what_is_not_served_as_trained_is_refused_and_what_is_not_known_if_the_r
     found = assess("shop/2", own, champion, {}, RULES, parity=differs)
     assert found.decision.reasons[0].code == "not-faithful" and "token 7" in found.decision.text
     assert json.loads(json.dumps(found.as_dict()))["parity"]["verdict"] == "adapter-differs"
+
+
+def test_a_champion_may_stand_by_its_record_overall_and_per_part() -> None:
+    first = assess("shop/1", answers([RIGHT] * 38 + [WRONG] * 2), None, {}, RULES)
+    recorded = Recorded("shop/1", first.metrics(), "r1")
+    found = assess("shop/2", answers([RIGHT] * 40), None, {BASE: answers([WRONG] * 40)}, RULES, recorded=recorded)
+    assert (found.champion, found.decision.verdict, found.decision.reasons[0].code) == ("shop/1", "promote", "as-good")
+    assert [(each.part, each.gain) for each in found.against[CHAMPION]] == [("", 0.05), ("images=0", 0.05), ("name", 0.05), ("use", 0.05)]
+    assert "against shop/1 on record (run r1): 100.0% against 95.0%" in "\n".join(found.lines())
+    said = json.loads(json.dumps(found.as_dict()))
+    assert (said["on_record"], list(said["scores"])) == ("r1", ["shop/2", "base"]) and CHAMPION not in found.others
+    assert found.metrics()["gain_over_champion"] == 0.05 and "### Worst" not in found.markdown()
+    worse = assess("shop/2", answers([RIGHT, WRONG] * 20), None, {}, RULES, recorded=recorded)
+    assert [reason.code for reason in worse.decision.reasons] == ["part-worse"]  # the rows named `name` are all wrong
+    assert assess("shop/2", answers([RIGHT] * 36 + [WRONG] * 4), None, {}, PromotionRules(), recorded=recorded).decision.reasons[0].code == "worse"
 
 
 def graded(found: Evaluation, grade: float) -> Evaluation:

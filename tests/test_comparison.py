@@ -94,3 +94,7 @@ def test_a_level_of_before_is_compared_with_as_a_number() -> None:
         pytest.approx(-0.35),
     ) and found.low < -0.35 < found.high < 0
     assert against_level(answered(rows(40), [True] * 40), 1.0, "score", 0.95).high == 0
+    same = answered(rows(30), [True] * 29 + [False])
+    assert against_level(same, same.mean("score"), "score", 0.95).gain == 0.0
+    part = against_level(answered(rows(40), [False] * 20 + [True] * 20), 0.5, "score", 0.95, "images=0")
+    assert (part.part, part.examples, part.gain) == ("images=0", 40, 0.0)

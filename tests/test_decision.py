@@ -33,6 +33,15 @@ def test_a_tie_keeps_the_champion(low: float, wanted: str) -> None:
     assert verdict(replace(EVIDENCE, against_champion=(replace(BETTER, low=low), JSON)))[0] == wanted
 
 
+@pytest.mark.parametrize(("gain", "code"), [(0.1, "as-good"), (0.0, "as-good"), (-0.02, "as-good"), (-0.021, "worse"), (math.nan, "not-measured")])
+def test_as_good_is_enough_against_a_champion_that_stands_by_its_record(gain: float, code: str) -> None:
+    recorded = replace(EVIDENCE, on_record=True, against_champion=(replace(BETTER, gain=gain, low=gain - 0.05, high=gain + 0.05), JSON))
+    wanted = ("promote" if code == "as-good" else "refuse", [code])
+    assert verdict(recorded) == verdict(replace(recorded, same_digest=True)) == wanted
+    assert verdict(replace(recorded, against_champion=(BETTER, replace(JSON, gain=-0.021)))) == ("refuse", ["part-worse"])
+    assert verdict(replace(recorded, faithful_fault="token 7"))[0] == "refuse"
+
+
 def test_the_gain_must_be_as_much_as_the_rules_say() -> None:
     assert verdict(rules=PromotionRules(minimum_gain=0.05)) == ("keep", ["no-gain"])
     assert verdict(rules=PromotionRules(minimum_gain=0.0499)) == ("promote", ["better"])

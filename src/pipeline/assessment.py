@@ -86,6 +86,7 @@ class Assessment:
     def metrics(self) -> dict[str, float]:
         """For MLflow: the version's figures, its parts, and its gain over the others."""
         found = {key: float(value) for key, value in figures(self.own).items() if isinstance(value, int | float)}
+        found |= {self.rules.metric: self.own.mean(self.rules.metric)}  # as it is: others are held against it
         found |= {f"{self.rules.metric}.{_key(part)}": part_mean(self.own, part, self.rules.metric) for part in self.own.parts}
         for side, comparisons in self.against.items():
             overall, name = comparisons[0], _key(side)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.errors import Fault, InvalidInput
@@ -53,7 +53,8 @@ def against_level(one: Evaluation, level: float, metric: str, confidence: float,
     """All examples, or those of a part, against a mean of before, which counts as known; the interval tells how sure the mean of these is. As `compare`."""
     value = METRICS[metric]
     chosen = [one.answers[index] for index in one.indices(part)] if part else one.answers
-    return _compared(part, [(value(answer), level) for answer in chosen], confidence)
+    found = _compared(part, [(value(answer), level) for answer in chosen], confidence)
+    return replace(found, other_mean=level, gain=round(found.gain, 9))  # a mean of equal numbers is off by float noise, and the same as before is no loss
 
 
 def _compared(part: str, pairs: Sequence[tuple[float, float]], confidence: float) -> Comparison:
