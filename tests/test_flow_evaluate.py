@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flows import evaluate as flow
-from pipeline.assessment import BASE, CHAMPION, FEW_SHOT, Assessment
+from pipeline.assessment import BASE, CHAMPION, FEW_SHOT, Assessment, Recorded
 from pipeline.errors import InvalidInput
 from pipeline.evaluation import Answer, Evaluation
 from pipeline.example import Example
@@ -104,6 +104,16 @@ def test_everyone_is_graded_once_the_trial_has_ended(project: Project, stages: S
 def test_the_champions_own_weights_are_not_asked_twice(project: Project, stages: Stages) -> None:
     found = examine(project, RECIPE, FakeRegistry(replace(SECOND, version="1")))
     assert [name for _, name in stages.asked[1:-1]] == ["shop/2", "glm-4.5v"] and found.decision.reasons[0].code == "same-adapter"
+
+
+def test_a_champion_on_record_is_not_asked(project: Project, stages: Stages) -> None:
+    found = examine(project, RECIPE, recorded=Recorded("shop/1", {"score": 0.0, "score.images-0": 0.0}, "r1"))
+    assert [name for _, name in stages.asked[1:-1]] == ["shop/2", "glm-4.5v"]
+    assert (found.champion, found.decision.verdict, found.decision.reasons[0].code) == ("shop/1", "promote", "as-good")
+
+
+def test_only_all_rows_make_a_record(project: Project, stages: Stages) -> None:
+    assert examine(project, RECIPE).eval_digest and not examine(project, RECIPE, limit=25).eval_digest
 
 
 def test_a_missing_key_is_said_before_anything_is_asked(project: Project, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,9 @@
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from pipeline.approval import Approval, Request, read_approval
 from pipeline.errors import RegistryError
 from pipeline.history import history
 from pipeline.project import Project
-from pipeline.registry import Deployment, Registry, Trace, TrainingRun, Version, flat
+from pipeline.registry import EVAL_DIGEST, RECHECK, Deployment, Registry, Trace, TrainingRun, Version, flat
 from pipeline.switch import Disabled
 from pipeline.version import APPROVAL_ANSWER_TAG, APPROVAL_REQUEST_TAG, APPROVAL_TAG, ARTIFACT_FOLDER, DISABLED_TAG, TRIAL, disabled_tag
 from tests.conftest import write_adapter
@@ -121,6 +122,31 @@ def test_an_evaluation_is_a_run_of_its_own(registry: Registry, tmp_path: Path) -
     assert run.data.metrics["score"] == 0.5 and len(run.data.metrics) == 251
     assert [entry.path for entry in registry.client.list_artifacts(run_id)] == ["answers.jsonl"]
     assert registry.unfinished("scored", "i") == [] and registry.trained("scored", "i") == version
+
+
+def test_what_a_version_came_to_on_these_rows_is_found_again(registry: Registry, tmp_path: Path) -> None:
+    version = register(registry, tmp_path / "a", "recorded")
+    assert registry.evaluated(version, "e") is None
+    first = registry.log_evaluation(version, {EVAL_DIGEST: "e"}, {"score": 0.9, "score.json": 1.0}, {})
+    registry.log_evaluation(version, {EVAL_DIGEST: "e", RECHECK: "true"}, {"score": 0.1}, {})
+    registry.log_evaluation(version, {EVAL_DIGEST: "others"}, {"score": 0.2}, {})
+    registry.log_evaluation(version, {}, {"score": 0.3}, {})  # of some of the rows
+    registry.log_evaluation(replace(version, digest="recreated"), {EVAL_DIGEST: "e"}, {"score": 0.4}, {})
+    assert registry.evaluated(version, "e") == (first, {"score": 0.9, "score.json": 1.0})
+    time.sleep(0.01)  # MLflow orders runs by the millisecond
+    newest = registry.log_evaluation(version, {EVAL_DIGEST: "e"}, {"score": 0.8}, {})
+    assert registry.evaluated(version, "e") == (newest, {"score": 0.8})
+
+
+def test_every_champion_is_found_whoever_registered_it(registry: Registry, tmp_path: Path) -> None:
+    version = register(registry, tmp_path / "a", "live")
+    registry.client.create_registered_model("by-hand")
+    registry.client.create_model_version("by-hand", str(tmp_path))
+    assert not {"live", "by-hand"} & dict(registry.live()).keys()
+    registry.move_champion("live", version.version)
+    registry.move_champion("by-hand", "1")
+    registry.put_on_trial("live", version.version)
+    assert {("live", version.version), ("by-hand", "1")} <= set(registry.live()) and registry.live() == sorted(registry.live())
 
 
 def test_a_card_stands_beside_the_adapter_and_as_the_description(registry: Registry, tmp_path: Path) -> None:
