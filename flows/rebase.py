@@ -180,9 +180,10 @@ def member_of(registered: Registry, path: Path, recipe: FinetuneRecipe, rows: Da
         return Member(path, recipe, rows.digest, champion, found, interrupted=bool(newest and newest.open))
     promotion.refuse_switched_off(registered.deployment(name), champion)
     run_id, values = registered.evaluated(champion, rows.eval_digest) or ("", {})
-    if recipe.promotion.metric not in values:
+    metric = recipe.promotion.metric
+    if metric not in values or not any(key.startswith(f"{metric}.") for key in values):  # its parts are there where it was the rules' metric then
         raise ServingError(
-            f"{champion.label}: its {recipe.promotion.metric} on all rows of {recipe.dataset.eval} is not on record, and the new base's servers cannot be asked for it; "
+            f"{champion.label}: its {metric} on all rows of {recipe.dataset.eval} is not on record, and the new base's servers cannot be asked for it; "
             f"evaluate it where it is served: tuneserve evaluate {champion.label} --recipe {path} --replica URL"
         )
     return Member(path, recipe, rows.digest, champion, found, Recorded(champion.label, values, run_id))

@@ -222,6 +222,34 @@ def test_restart_on_another_base_does_not_serve_the_old_champion(world, engine, 
     assert world.names.routes == {} and "not restored" in model_status(follower)["error"] and not follower.ready
 
 
+def test_two_fleets_of_two_bases_follow_one_registry(world, new_engine, tmp_path):
+    """What a rebase rests on: the new base's replicas are ready though they refuse every champion, load what is on trial, and take over what the old ones refuse."""
+    other = type(world)(tmp_path / "other")
+    other.registry = world.registry
+
+    async def scenario():
+        old, new = world.replica(new_engine()), other.replica(new_engine(), base_revision="base-2")
+
+        async def both():
+            await synced(old)
+            await synced(new)
+            assert old.ready and new.ready
+
+        world.promote("1")
+        await both()
+        assert (answering(world), answering(other)) == ("1", None)
+        rebased = world.version("2", base_revision="base-2")
+        world.want(pinned=(rebased,))
+        await both()
+        assert set(other.names.routes) == {"catalog/2"} and set(world.names.routes) == {"catalog", "catalog/1"}
+        world.want(champion=rebased, pinned=())
+        await both()
+        assert (answering(world), answering(other)) == ("1", "2")
+        assert "trained on base base-2, this server has base-1" in model_status(old)["error"] and model_status(new)["error"] is None
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"catalog": {"version": "1"}}', '{"catalog": 3}'])
 def test_damaged_live_json_costs_the_restore_only(world, engine, content):
     world.promote("1")
