@@ -141,12 +141,13 @@ def test_what_a_version_came_to_on_these_rows_is_found_again(registry: Registry,
 def test_every_champion_is_found_whoever_registered_it(registry: Registry, tmp_path: Path) -> None:
     version = register(registry, tmp_path / "a", "live")
     registry.client.create_registered_model("by-hand")
-    registry.client.create_model_version("by-hand", str(tmp_path))
+    registry.client.create_model_version("by-hand", "s3://elsewhere")
     assert not {"live", "by-hand"} & dict(registry.live()).keys()
     registry.move_champion("live", version.version)
     registry.move_champion("by-hand", "1")
     registry.put_on_trial("live", version.version)
     assert {("live", version.version), ("by-hand", "1")} <= set(registry.live()) and registry.live() == sorted(registry.live())
+    registry.client.delete_registered_model("by-hand")
 
 
 def test_a_card_stands_beside_the_adapter_and_as_the_description(registry: Registry, tmp_path: Path) -> None:
