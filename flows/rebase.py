@@ -273,6 +273,7 @@ def move_all(registered: Registry, results: Sequence[Result], fleet: Fleet, proj
         except BaseException as error:
             said = move_back(registered, [done for done in moved if done.promotion], project, str(error).partition("\n")[0] or type(error).__name__)
             if not isinstance(error, TuneserveError):
+                print(said, file=sys.stderr, flush=True)
                 raise
             raise ServingError(f"{each.version.label} could not be made champion: {error} {said}") from error
     return moved
