@@ -9,7 +9,7 @@ SOURCES := src flows tests
 # Python writes no bytecode if this is set, and then every import of torch or vLLM takes a minute.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup quickstart test test-quick test-fast test-contract test-e2e acceptance check format schema lock clean
+.PHONY: setup quickstart test test-beside test-fast test-contract test-e2e acceptance check format schema lock clean
 
 setup: $(READY)
 
@@ -26,12 +26,12 @@ quickstart: setup
 	$(BIN)/tuneserve quickstart
 
 test: setup
-	$(MAKE) -j2 test-e2e test-quick
+	$(MAKE) -j2 test-e2e test-beside
 
-# Takes what the end-to-end tests leave of the CPU, which wait for servers much of the time.
-test-quick: setup
-	nice -n 10 $(MAKE) test-fast
-	nice -n 10 $(MAKE) test-contract
+# What waits for nothing and nobody, in what CPU the end-to-end tests leave.
+test-beside: setup
+	nice $(MAKE) test-fast
+	nice $(MAKE) test-contract
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not e2e" --ignore-glob "*_contract.py"

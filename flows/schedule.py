@@ -167,16 +167,15 @@ def _watch_for_zombies(client: SyncPrefectClient) -> None:
         threshold=1,
         within=timedelta(seconds=GRACE_SECONDS),
     )
-    crash = ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=f"silent for {GRACE_SECONDS} s: its process or its host is gone")
+    crash = ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", force=False, message=f"silent for {GRACE_SECONDS} s: its process or its host is gone")
     wanted = AutomationCore(name=ZOMBIES, description="Made by tuneserve schedule; goes with the last schedule.", trigger=trigger, actions=[crash])
-    first, *others = client.read_automations_by_name(ZOMBIES) or [None]
-    if first is None:
-        client.create_automation(wanted)
+    found = client.read_automations_by_name(ZOMBIES)
+    if found:
+        client.update_automation(found[0].id, wanted)
     else:
-        client.update_automation(first.id, wanted)
-    for each in others:  # two commands made it at the same time
-        if each:
-            client.delete_automation(each.id)
+        client.create_automation(wanted)
+    for each in found[1:]:  # two commands made it at the same time
+        client.delete_automation(each.id)
 
 
 def _deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:

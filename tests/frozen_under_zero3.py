@@ -1,4 +1,4 @@
-"""Run by torchrun: `tests/frozen_under_zero3.py [plugin]` trains a small frozen model with adapters under ZeRO-3 on CPUs, each layer checkpointed with reentry as ms-swift does.
+"""Run by torchrun: `tests/frozen_under_zero3.py [plugin]` trains a small frozen model with adapters under ZeRO-3 on CPUs, each layer checkpointed with reentry as ms-swift does, the loss in chunks.
 
 Prints as JSON the loss of each step, and how many frozen numbers stood gathered at most right after a layer's module ran, of `all` frozen ones.
 """
@@ -14,8 +14,11 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline import swift_chunked_loss
+
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it asks for a compiler
-WIDTH, LAYERS, STEPS, ROWS = 32, 6, 4, 2
+WIDTH, LAYERS, STEPS, ROWS, WORDS = 32, 6, 4, 8, 50
+swift_chunked_loss.CHUNK_TOKENS = 3
 
 
 class Experts(nn.Module):
@@ -45,13 +48,13 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-        self.head = nn.Linear(WIDTH, 1).requires_grad_(False)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False).requires_grad_(False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden.requires_grad_(True)
         for layer in self.layers:
             hidden = checkpoint(layer, hidden, use_reentrant=True)
-        return self.head(hidden).pow(2).mean()
+        return swift_chunked_loss.chunked_loss(self.head, hidden[None], torch.arange(len(hidden))[None])
 
 
 def main() -> None:

@@ -12,7 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings.models.server.concurrency import ServerConcurrencySettings
 
+from flows.schedule import FORGETFUL, GRACE_SECONDS, HEARTBEAT_SECONDS, ZOMBIES, forgets_leases
 from pipeline import basemodel, lineage, process, services
 from pipeline.adapter import read_adapter
 from pipeline.preflight import checked_rows
@@ -36,6 +39,14 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with services.prefect_server(project) as up:
         yield up.url + "/api"
     services.wait_all_ended(project)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(prefect: str) -> Iterator[None]:
+    """What a test that failed had scheduled is not the next one's."""
+    yield
+    for found in asked(prefect, "deployments"):
+        httpx.delete(f"{prefect}/deployments/{found['id']}", timeout=WAIT_SECONDS).raise_for_status()
 
 
 def environment(prefect: str, project: Project) -> dict[str, str]:
@@ -131,13 +142,21 @@ def test_an_interval_fires_one_run_at_a_time_and_makes_up_for_nothing(
     assert tuneserve(prefect, project, "--list")["schedules"] == [] and runs(prefect, "SCHEDULED") == []
 
 
+def test_a_server_says_where_it_keeps_leases(prefect: str) -> None:
+    assert ServerConcurrencySettings.model_fields["lease_storage"].default == FORGETFUL
+    said = httpx.get(f"{prefect}/admin/settings", timeout=WAIT_SECONDS).json()["server"]["concurrency"]["lease_storage"]
+    assert said == services.LEASES_ON_DISK["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] != FORGETFUL
+    with temporary_settings({PREFECT_API_URL: prefect}):
+        assert not forgets_leases()
+
+
 def test_prefect_yaml_deploys_what_the_command_deploys(prefect: str, project: Project) -> None:
     for name in ("recipes", "data"):
         shutil.copytree(ROOT / name, project.root / name)
     shutil.copy(ROOT / "prefect.yaml", project.root)
 
     def deployed() -> dict[str, Any]:
-        (found,) = [each for each in asked(prefect, "deployments") if each["name"] == "catalog-tiny"]
+        (found,) = asked(prefect, "deployments")
         own = ("name", "entrypoint", "description", "parameters", "tags", "concurrency_options", "enforce_parameter_schema", "parameter_openapi_schema")
         (timing,) = found["schedules"]
         more = {"limit": found["global_concurrency_limit"]["limit"], "pool": found["work_pool_name"], "folder": found["job_variables"]["working_dir"]}
@@ -153,7 +172,7 @@ def test_prefect_yaml_deploys_what_the_command_deploys(prefect: str, project: Pr
     assert done.returncode == 0, done.stdout + done.stderr
     assert deployed() == by_command
     tuneserve(prefect, project, RECIPE, "--cron", "0 4 * * *", "--overlap", "enqueue", "--timezone", "Europe/Berlin")  # and takes it over
-    (found,) = [each for each in tuneserve(prefect, project, "--list")["schedules"] if each["name"] == "catalog-tiny"]
+    (found,) = tuneserve(prefect, project, "--list")["schedules"]
     assert (found["when"], found["overlap"]) == ("cron 0 4 * * * (Europe/Berlin)", "enqueue")
     other = Project(project.root / "other")
     shutil.copytree(project.root / "recipes", other.root / "recipes")
@@ -163,7 +182,10 @@ def test_prefect_yaml_deploys_what_the_command_deploys(prefect: str, project: Pr
     assert refused.returncode == 2 and f"in {project.root}; give another: --name NAME" in refused.stderr
     wrong = subprocess.run([*argv[:-1], "61 3 * * 1"], cwd=project.root, env=own, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
     assert wrong.returncode == 2 and "--cron" in wrong.stderr
+    (automation,) = [each for each in asked(prefect, "automations") if each["name"] == ZOMBIES]  # one, however often it was scheduled
+    assert automation["trigger"]["within"] == GRACE_SECONDS >= 3 * HEARTBEAT_SECONDS
     tuneserve(prefect, project, RECIPE, "--remove")
+    assert not [each for each in asked(prefect, "automations") if each["name"] == ZOMBIES]  # it goes with the last schedule
 
 
 TIMED = """

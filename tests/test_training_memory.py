@@ -96,7 +96,13 @@ def test_zero_splits_what_it_says() -> None:
         assert memory.adapter == bytes_per_gpu
         assert memory.weights == (base.weights // 8 if stage == "zero3" else base.weights)
     gathered = training_memory(glm(), finetune(processes=8, deepspeed="zero3"))
-    assert gathered.at_layer - base.at_layer == pytest.approx(4.4 * GIB, rel=0.01)  # one layer, whole
+    assert gathered.at_layer - base.at_layer == pytest.approx(3 * 4.4 * GIB, rel=0.01)  # whole layers
+
+
+def test_zero3_of_sixteen_layers_peaks_as_measured() -> None:
+    """Two H100, each 2,048 tokens with four pictures (docs/benchmarks.md)."""
+    memory = training_memory(glm(16), finetune(processes=2, deepspeed="zero3", max_length_tokens=2048), answer_tokens=984, image_tokens=1024)
+    assert memory.allocated / GIB == pytest.approx(48.54, rel=0.03)
 
 
 def test_offload_moves_weights_and_optimizer_to_the_host() -> None:

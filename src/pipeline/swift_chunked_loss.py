@@ -29,7 +29,8 @@ def chunked_loss(head: torch.nn.Module, hidden: Tensor, labels: Tensor) -> Tenso
     learnt = following != IGNORED
     states, words = hidden[learnt], following[learnt]
     chunks = zip(states.split(CHUNK_TOKENS), words.split(CHUNK_TOKENS), strict=True)
-    losses = [checkpoint(summed, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    # With reentry the head is called anew in the backward pass, so that ZeRO-3, which has let its weights go by then (swift_zero3.py), gathers them again.
+    losses = [checkpoint(summed, *chunk, use_reentrant=states.requires_grad, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(losses).sum() / words.numel()
 
 

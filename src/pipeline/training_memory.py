@@ -3,8 +3,8 @@
 A step has two moments that may need most: the loss, when three float32 copies of the logits stand beside everything kept for the backward pass, and one layer's
 backward pass, when its weights (gathered or dequantized) and its activations do. Everything else is there all the time.
 
-Held against 13 measured peaks (torch's allocator) of GLM-4.5V cut to 1 to 6 layers on one H100, and against eight QLoRA steps at full depth: tests/test_training_memory.py.
-Not measured: DeepSpeed, method: dpo, flash attention, several GPUs; their items are the papers' and the sources' arithmetic.
+Held against 13 measured peaks (torch's allocator) of GLM-4.5V cut to 1 to 6 layers on one H100, against eight QLoRA steps at full depth, and against ZeRO-3 of 16 layers on two:
+tests/test_training_memory.py. Not measured: ZeRO-1 and 2, offloading, method: dpo, flash attention; their items are the papers' and the sources' arithmetic.
 """
 
 from dataclasses import dataclass
@@ -28,6 +28,9 @@ MERGER_BYTES = 20
 """Kept per output of the merger: four tensors in bfloat16, three in float32 (its LayerNorm and GELU run in float32). Measured within 3 %."""
 CONTEXT_BYTES = int(0.75 * GIB)
 """CUDA's context and the libraries' workspaces: measured on one H100 (torch 2.11, CUDA 13), 0.67 to 0.76 GiB."""
+GATHERED_LAYERS = 3
+"""With ZeRO-3 a layer is at work, the next one is gathered ahead, and DeepSpeed (AllGatherCoalescedHandle.wait) copies a gathered layer out of one flat buffer. Measured on two H100,
+16 layers: 2.0 layers at the forward pass's peak, 2.9 at the backward pass's."""
 NCCL_BYTES = int(0.83 * GIB)
 """NCCL's buffers of one group: measured on two H100, 0.83 GiB after all_reduce, all_gather and reduce_scatter; more GPUs may take more."""
 
@@ -55,7 +58,7 @@ class TrainingMemory:
     @property
     def items(self) -> dict[str, int]:
         """What stands on the GPU at the moment that needs most."""
-        moment = ("logits in float32, three times", self.at_loss) if self.bound_by == "logits" else ("one layer at work", self.at_layer)
+        moment = ("logits in float32, three times", self.at_loss) if self.bound_by == "logits" else ("layers at work", self.at_layer)
         items = {
             "weights of the frozen base": self.weights,
             "adapter, its gradients and optimizer": self.adapter,
@@ -105,7 +108,7 @@ def training_memory(
     chunked = recipe.method == "sft" and not training.row_weights
     at_loss = LOGITS_COPIES * 4 * decoder.vocabulary * (min(answers, CHUNK_TOKENS) if chunked else answers)
     at_loss += decoder.vocabulary * decoder.hidden * number if zero3 else 0  # lm_head, gathered
-    whole = _layer_weights(decoder) * number if zero3 else 0
+    whole = GATHERED_LAYERS * _layer_weights(decoder) * number if zero3 else 0
     dequantized = _layer_weights(decoder) * number if quantized else 0
     experts = decoder.experts_of_a_layer * number
     made = (experts if adapts_experts else 0) + (experts if quantized else 0)  # peft adds B A to the weights; both stay for backward

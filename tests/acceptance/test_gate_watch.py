@@ -21,7 +21,7 @@ HEALTHY_SECONDS = 15.0
 """Of the version under watch before the fault."""
 AFTERWARDS_SECONDS = 10.0
 WITHIN_SECONDS = 15.0
-WAITS = 1.1
+WAITS = 1.15
 """Of the slow version: so many of its own mean durations are waited before each answer, which makes it twice as slow: a little of the wait is gained again, since fewer
 requests are under way at a time."""
 SLOWER = (1.9, 2.3)

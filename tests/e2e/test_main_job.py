@@ -1,12 +1,16 @@
 """The main job, seen from outside: what the quickstart says, what vLLM serves, what MLflow and Prefect hold."""
 
+import base64
+import io
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 from openai import OpenAI
+from PIL import Image
 
 from pipeline.adapter import ADAPTER_FILES
 from pipeline.evaluation import openai_messages
@@ -67,6 +71,22 @@ def test_openais_client_chats_streams_and_lists(quickstart: Quickstart) -> None:
     base = client.chat.completions.create(model="glm-4.5v", messages=messages, max_tokens=64, temperature=0)
     assert base.choices[0].message.content != whole.choices[0].message.content
     assert "catalog" in [model.id for model in client.models.list()]
+
+
+def test_callers_that_send_one_new_picture_at_a_time_are_all_answered(quickstart: Quickstart) -> None:
+    """vLLM answers 500 to one of them now and then: hooks.Attempts."""
+
+    def ask(picture: bytes) -> int:
+        url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+        body = {"model": "catalog", "max_tokens": 4, "messages": [{"role": "user", "content": content}]}
+        return httpx.post(f"{quickstart.openai}/chat/completions", json=body, timeout=60).status_code
+
+    with ThreadPoolExecutor(8) as callers:
+        for _ in range(10):
+            picture = io.BytesIO()
+            Image.frombytes("RGB", (64, 64), os.urandom(3 * 64**2)).save(picture, "PNG")
+            assert list(callers.map(ask, [picture.getvalue()] * 8)) == [200] * 8
 
 
 def test_an_unknown_model_is_a_404_and_an_image_from_elsewhere_is_refused(quickstart: Quickstart) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import inspect
 import json
+import queue
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.contract
 vllm = pytest.importorskip("vllm")
 
 from fastapi import FastAPI  # noqa: E402
+from fastapi import Request as HttpRequest  # noqa: E402
 from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402
@@ -57,11 +59,14 @@ from vllm.lora.worker_manager import WorkerLoRAManager  # noqa: E402
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method  # noqa: E402
 from vllm.model_executor.layers.fused_moe.oracle import unquantized  # noqa: E402
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config  # noqa: E402
+from vllm.multimodal.cache.base import MultiModalCacheMissError  # noqa: E402
 from vllm.outputs import CompletionOutput, RequestOutput  # noqa: E402
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins, init_endpoint_plugins_state  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
+from vllm.v1.engine import FinishReason  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
+from vllm.v1.engine.core import EngineCoreProc  # noqa: E402
 from vllm.v1.metrics import loggers  # noqa: E402
 from vllm.v1.metrics.stats import RequestStateStats  # noqa: E402
 from vllm.v1.worker.gpu.lora_utils import LoraState  # noqa: E402
@@ -559,6 +564,56 @@ def test_generations_are_counted_and_measured_however_they_end(tmp_path):
         'tuneserve_slot_misses_total{served="catalog",version="1"} 1.0',
     ):
         assert line in shown
+
+
+DROPPED = CompletionOutput(0, "", [], None, None, finish_reason="error")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("drops", "status", "finish"), [(0, 200, "stop"), (1, 200, "stop"), (2, 500, "error")])
+def test_what_the_engine_drops_before_a_token_is_asked_once_more(stream, drops, status, finish):
+    client, metrics = FakeClient(), Metrics(CollectorRegistry())
+    generate, left, bodies = client.generate, [DROPPED] * drops, []
+
+    async def dropping(prompt, sampling_params, request_id, **kwargs):
+        async for output in generate(prompt, sampling_params, request_id, **kwargs):
+            yield RequestOutput(request_id, None, [1], None, [left.pop()], True) if left else output
+
+    client.generate = dropping
+    hooks.watch_generations(client, Traffic(2), metrics)
+    app = FastAPI()
+    hooks.install(app, Traffic(2), metrics, None)
+
+    @app.post("/v1/chat/completions")
+    async def answer(request: HttpRequest):
+        bodies.append(await request.body())
+        hooks.REQUEST.get().served, hooks.REQUEST.get().version = "catalog", "1"
+        outputs = [output.outputs[0] async for output in client.generate({"prompt_token_ids": [1, 2]}, None, "id")]
+        failed = outputs[-1].finish_reason == "error"
+        if not stream:
+            return JSONResponse({"error": {}} if failed else {"text": outputs[-1].text}, 500 if failed else 200)
+        events = ["data: role\n\n", "data: error\n\n" if failed else f"data: {outputs[-1].text}\n\n"]
+        return StreamingResponse(iter(events), 500 if failed else 200, media_type="text/event-stream")
+
+    found = TestClient(app).post("/v1/chat/completions", content=b"a" * 100_000)
+    assert found.status_code == status
+    whole = "data: role\n\ndata: x\n\n" if stream else '{"text":"x"}'
+    assert (found.text == whole) == (status == 200)
+    assert bodies == [b"a" * 100_000] * min(drops + 1, 2)
+    shown = generate_latest(metrics._registry).decode()
+    assert [line for line in shown.splitlines() if line.startswith("tuneserve_requests_total{")] == [
+        f'tuneserve_requests_total{{finish="{finish}",served="catalog",version="1"}} 1.0'
+    ]
+    assert ("tuneserve_http_errors_total{" in shown) == (status == 500)
+
+
+def test_a_picture_that_the_engine_lacks_ends_its_request_without_a_token():
+    engine = SimpleNamespace(output_queue=queue.Queue(), engine_index=0)
+    EngineCoreProc._handle_mm_cache_miss(engine, SimpleNamespace(request_id="r", client_index=0), MultiModalCacheMissError(["h"]))
+    _, outputs = engine.output_queue.get_nowait()
+    dropped = outputs.outputs[0]
+    assert dropped.finish_reason == FinishReason.ERROR and str(dropped.finish_reason) == "error" and dropped.new_token_ids == []
+    assert "mm_processor_cache.invalidate" in inspect.getsource(AsyncLLM._run_output_handler)  # so that the second time the picture goes along
 
 
 @pytest.fixture

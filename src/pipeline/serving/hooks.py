@@ -2,7 +2,8 @@
 
 - `BaseServing._maybe_get_adapters`, replaced in its class: sees the model that a request names and its `user`, and chooses the adapter.
 - `engine_client.generate`, replaced on the instance: sees every generation, its adapter, first output and final metrics.
-- an ASGI middleware: sees every HTTP request's arrival, one header, and its status; of those that are sampled (sampling.py) body and answer too.
+- an ASGI middleware: sees every HTTP request's arrival, one header, and its status; of those that are sampled (sampling.py) body and answer too. What the engine drops
+  before a first token it asks for once more (Attempts).
 
 What one knows of a request reaches the others through a ContextVar: vLLM's handlers run in the context of the request's own task.
 """
@@ -69,6 +70,53 @@ class NameTable:
         return self._requests.get(adapter.engine_name) or lora_request(adapter)
 
 
+class Attempts:
+    """One HTTP request that can be asked twice: its body is kept, and its answer's start held back, until the answer's first part.
+
+    vLLM's API process keeps a list of the pictures that its engine has, and sends such a picture's name only. The two lists can disagree: two callers send one new picture
+    at a time and the second overtakes the first, or a caller goes away before the engine got the picture. The engine then drops the request, vLLM answers 500 and mends its
+    list ("the client resends").
+    """
+
+    def __init__(self, request: Request, receive: Receive, send: Send) -> None:
+        self._request, self._receive, self._send = request, receive, send
+        self._kept: list[Message] = []
+        self._again: list[Message] = []
+        self._start: Message | None = None
+        self._begun = self._dropped = False
+
+    async def run(self, app: ASGIApp, scope: Scope) -> None:
+        await app(dict(scope), self._heard, self._said)
+        if self._dropped:
+            self._dropped, self._start, self._again = False, None, list(self._kept)
+            self._request.ask_again()
+            await app(dict(scope), self._heard, self._said)
+
+    async def _heard(self) -> Message:
+        if self._again:
+            return self._again.pop(0)
+        message = await self._receive()
+        if message["type"] == "http.request" and not (self._begun or self._request.asked_again):
+            self._kept.append(message)
+        return message
+
+    async def _said(self, message: Message) -> None:
+        if self._dropped:
+            return
+        if not self._begun:
+            if message["type"] == "http.response.start":
+                self._start = message
+                return
+            if self._request.unanswered and not self._request.asked_again:
+                self._dropped = True
+                return
+            self._begun = True
+            self._kept.clear()
+            if self._start:
+                await self._send(self._start)
+        await self._send(message)
+
+
 class Tracing:
     """The middleware. POST requests only: nothing else generates."""
 
@@ -105,7 +153,7 @@ class Tracing:
             await send(message)
 
         try:
-            await self._app(scope, heard if recording else receive, seen)
+            await Attempts(request, heard if recording else receive, seen).run(self._app, scope)
         except Exception:
             if not status:
                 self._metrics.http_error(request, HTTPStatus.INTERNAL_SERVER_ERROR)
@@ -206,6 +254,7 @@ class _Generation:
             async for output in original:
                 self._last = output
                 self._output_tokens += sum(len(each.token_ids) for each in output.outputs)
+                self._request.unanswered = not self._output_tokens and any(each.finish_reason == "error" for each in output.outputs)
                 yield output
         except GeneratorExit:
             await original.aclose()
@@ -226,6 +275,8 @@ class _Generation:
         if self._served == UNKNOWN:  # not an HTTP request of ours to tell of
             return
         finish = next((each.finish_reason for each in last.outputs if each.finish_reason), None) if last else None
+        if request.unanswered and not request.asked_again:
+            return  # its second attempt counts
         prompt_tokens = len(last.prompt_token_ids or ()) if last else 0
         self._metrics.finished(*labels, self._failure or finish or "abort", prompt_tokens, self._output_tokens)
         stats = last.metrics if last else None

@@ -14,8 +14,8 @@ from typing import Any
 from transformers import Glm4vImageProcessor, Glm4vMoeConfig, Glm4vProcessor, Glm4vVideoProcessor, PreTrainedTokenizerFast
 
 from pipeline.basemodel import TEMPLATE_FILE
+from tests.acceptance.gpu.dimensions import TEXT, TINY, TINY_VISION, VISION, Made, checkpoint_of
 from tests.acceptance.gpu.made_weights.sitecustomize import MARKER
-from tests.acceptance.gpu.training_full_size import TEXT, TINY, TINY_VISION, VISION, Made, checkpoint_of
 
 FIRST_SPECIAL = 151329
 SPECIAL_TOKENS = (

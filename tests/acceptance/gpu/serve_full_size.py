@@ -19,8 +19,8 @@ import yaml
 from safetensors.numpy import save_file
 
 from pipeline.project import Project
+from tests.acceptance.gpu.dimensions import TEXT
 from tests.acceptance.gpu.full_size_base import know_digests, write
-from tests.acceptance.gpu.training_full_size import TEXT
 
 RANK = 16
 SPREAD = 0.02

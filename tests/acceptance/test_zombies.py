@@ -13,17 +13,15 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.settings.models.server.concurrency import ServerConcurrencySettings
 
 from flows.retrain import TRAINING_LOCK
-from flows.schedule import FORGETFUL, GRACE_SECONDS, HEARTBEAT_SECONDS, ZOMBIES, forgets_leases
+from flows.schedule import GRACE_SECONDS, HEARTBEAT_SECONDS, ZOMBIES
 from pipeline import process, services
 from pipeline.project import Project
+from tests.acceptance.figures import show
 from tests.test_cli import data_project
 from tests.test_schedule_contract import environment, tuneserve, wait_for
 
-pytestmark = [pytest.mark.contract, pytest.mark.timeout(900)]
 WINDOW_SECONDS = 60
 """Two heartbeats, so that the test need not wait for the real window."""
 LEASE_SECONDS = 60
@@ -113,14 +111,6 @@ def prefect(project: Project, empty_store: Path) -> Iterator[Prefect]:
                 print(child.log.read_text("utf-8")[-4000:])
 
 
-def test_a_server_says_where_it_keeps_leases(prefect: Prefect) -> None:
-    assert ServerConcurrencySettings.model_fields["lease_storage"].default == FORGETFUL
-    said = prefect.asked("GET", "admin/settings")["server"]["concurrency"]["lease_storage"]
-    assert said == services.LEASES_ON_DISK["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] != FORGETFUL
-    with temporary_settings({PREFECT_API_URL: prefect.api}):
-        assert not forgets_leases()
-
-
 def test_a_killed_run_is_crashed_and_its_place_is_free(prefect: Prefect) -> None:
     tuneserve(prefect.api, prefect.project, "recipes/r.yaml", "--cron", "0 3 1 1 *")
     (automation,) = [each for each in prefect.asked("POST", "automations/filter") if each["name"] == ZOMBIES]
@@ -162,6 +152,6 @@ def test_a_killed_run_is_crashed_and_its_place_is_free(prefect: Prefect) -> None
         wait_for("the lease ends", lambda: prefect.slots() == 0)
         seconds["lease"] = time.monotonic() - began
         assert LEASE_SECONDS - 5 < seconds["lease"] < LEASE_SECONDS + LATE_SECONDS and prefect.state(leased) == "RUNNING"
-    print({what: round(took, 1) for what, took in seconds.items()})
+    show(script="zombies", seconds={what: round(took, 1) for what, took in seconds.items()})
     tuneserve(prefect.api, prefect.project, "--name", "r", "--remove")
     assert not [each for each in prefect.asked("POST", "automations/filter") if each["name"] == ZOMBIES]

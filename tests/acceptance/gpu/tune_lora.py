@@ -1,0 +1,171 @@
+"""Tunes vLLM's LoRA kernels (shrink and expand) for GLM-4.5V's attention on the GPU that is here, for one adapter in a batch and for as many as there are slots.
+
+`python tests/acceptance/gpu/tune_lora.py FOLDER` writes what vLLM reads from $VLLM_TUNED_CONFIG_FOLDER: GPU_SHRINK.json and GPU_EXPAND_TRUE.json, by slots, slices, tokens and shape;
+it prints a line for each with the microseconds of vLLM's default and of the choice. A choice is the least sum of both cases' times, and its output must equal the default's but for
+rounding. Times are medians of CUDA graphs that go through ADAPTER_SETS layers' weights, as a model does, so that no cache holds them. Stops choosing after --seconds.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op
+from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
+from vllm.lora.ops.triton_ops.utils import get_lora_op_configs
+
+WIDTH, Q, KV, RANK, SLOTS = 4096, 12288, 1024, 16, 8
+SHAPES = {3: (WIDTH, (Q, KV, KV)), 1: (Q, (WIDTH,))}
+"""By number of slices (qkv_proj and o_proj): inputs, and outputs of each slice."""
+FEW, MANY = (1, 2, 4, 8, 16, 32, 64), (128, 512, 2048, 8192)
+ADAPTER_SETS, REPLAYS = 8, 7
+Config = dict[str, Any]
+
+
+def candidates(op: str, tokens: int) -> list[Config]:
+    rest = {"num_ctas": 1, "max_nreg": None}
+    if op == "shrink" and tokens <= FEW[-1]:
+        space = itertools.product((16,), (128, 256, 512), (1, 4, 8, 16, 32), (2, 4), (2, 4))
+    elif op == "shrink":
+        space = itertools.product((32, 64), (64, 128), (1, 4, 8), (4,), (2, 4))
+    elif tokens <= FEW[-1]:
+        space = itertools.product((16,), (64, 128, 256), (16,), (2, 4), (1, 2))
+    else:
+        space = itertools.product((32, 64), (64, 128, 256), (16,), (4, 8), (1, 2))
+    if op == "shrink":
+        names = ("block_m", "block_k", "split_k", "num_warps", "num_stages")
+        return [dict(zip(names, point, strict=True)) | rest | {"block_n": 16, "group_size_m": 8} for point in space]
+    return [dict(zip(("block_m", "block_n", "block_k", "num_warps", "num_stages"), point, strict=True)) | rest for point in space]
+
+
+class Bench:
+    def __init__(self, slices: int) -> None:
+        torch.manual_seed(slices)
+        self.slices, (self.inputs, self.outputs) = slices, SHAPES[slices]
+        made = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / 50  # noqa: E731
+        self.a = [[made(SLOTS, 1, RANK, self.inputs) for _ in self.outputs] for _ in range(ADAPTER_SETS)]
+        self.b = [[made(SLOTS, 1, width, RANK) for width in self.outputs] for _ in range(ADAPTER_SETS)]
+
+    def meta(self, tokens: int, adapters: int) -> tuple[Any, ...]:
+        meta = LoRAKernelMeta.make(SLOTS, tokens, "cuda", captured_lora_counts=list(range(1, SLOTS + 2)))
+        # Decoding gives each token the adapter of its request; a prompt's tokens stand together.
+        numbers = torch.arange(tokens) % adapters if tokens <= FEW[-1] else torch.arange(tokens) * adapters // tokens
+        meta.prepare_tensors(numbers.int().cuda())
+        return meta.meta_args(tokens, True)
+
+    def launch(self, op: str, tokens: int, adapters: int) -> Any:
+        """A function that runs the kernel on one set of weights, and the output that it writes to."""
+        meta = self.meta(tokens, adapters)
+        states = torch.randn(tokens, self.inputs, device="cuda", dtype=torch.bfloat16)
+        small = torch.randn(self.slices, tokens, RANK, device="cuda", dtype=torch.float32)
+        wide = torch.zeros(tokens, sum(self.outputs), device="cuda", dtype=torch.bfloat16)
+        if op == "shrink":
+            return lambda number: lora_shrink_op._lora_shrink(states, self.a[number], small, *meta, 1.0), small
+        return lambda number: lora_expand_op._lora_expand(small, self.b[number], wide, *meta, add_inputs=True), wide
+
+    def default(self, op: str, tokens: int) -> Config:
+        hidden = self.inputs if op == "shrink" else max(self.outputs)
+        return dict(get_lora_op_configs(op, SLOTS + 1, tokens, hidden, RANK, self.slices, None if op == "shrink" else True))
+
+
+def use(config: Config) -> None:
+    lora_shrink_op.get_lora_op_configs = lora_expand_op.get_lora_op_configs = lambda *_, **__: config
+
+
+def microseconds(run: Any) -> float:
+    """Of one launch."""
+    run(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(ADAPTER_SETS):
+            run(number)
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / ADAPTER_SETS / 2)
+    return statistics.median(times)
+
+
+def compile_share(share: tuple[int, int]) -> None:
+    """Each candidate once, so that Triton's cache on disk has it."""
+    number, workers = share
+    benches = {slices: Bench(slices) for slices in SHAPES}
+    points = [(op, slices, tokens, c) for op in ("shrink", "expand") for slices in SHAPES for tokens in (FEW[-1], MANY[0]) for c in candidates(op, tokens)]
+    for op, slices, tokens, config in points[number::workers]:
+        run, _ = benches[slices].launch(op, tokens, SLOTS)
+        use(config)
+        run(0)
+    torch.cuda.synchronize()
+
+
+def choose(bench: Bench, op: str, tokens: int) -> dict[str, Any]:
+    default, best, figures = bench.default(op, tokens), None, {}
+    for config in [default, *candidates(op, tokens)]:
+        times = []
+        for adapters in sorted({1, min(SLOTS, tokens)}):
+            run, output = bench.launch(op, tokens, adapters)
+            use(default)
+            output.zero_() if op == "expand" else None
+            torch.manual_seed(1)
+            run(0)
+            wanted = output.clone()
+            use(config)
+            output.zero_() if op == "expand" else None
+            try:
+                run(0)
+                if op == "shrink" and ((output - wanted).norm() / wanted.norm()).item() > 1e-3:
+                    raise RuntimeError("another output")
+                if op == "expand" and ((output - wanted).float().norm() / wanted.float().norm()).item() > 1e-2:
+                    raise RuntimeError("another output")
+                times.append(microseconds(run))
+            except Exception as error:
+                times.append(float("inf"))
+                figures.setdefault("refused", repr(error)[:120])
+        if best is None:
+            figures["default_us"] = [round(t, 2) for t in times]
+        if best is None or sum(times) < sum(best[0]) * 0.99:
+            best = (times, config)
+    return figures | {"best_us": [round(t, 2) for t in best[0]], "config": best[1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--workers", type=int, default=8)
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
+        pool.map(compile_share, [(number, arguments.workers) for number in range(arguments.workers)])
+    print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
+    gpu = torch.cuda.get_device_name().replace(" ", "_").replace("-", "_")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    benches = {slices: Bench(slices) for slices in SHAPES}
+    found: dict[str, Any] = {"shrink": {}, "expand": {}}
+    for tokens in (16, 64, 4, 1, 32, 8, 2, *MANY):
+        for slices, bench in benches.items():
+            for op, file in (("shrink", "SHRINK"), ("expand", "EXPAND_TRUE")):
+                if time.monotonic() - began > arguments.seconds:
+                    return
+                chosen = choose(bench, op, tokens)
+                print(json.dumps({"op": op, "slices": slices, "tokens": tokens} | chosen), flush=True)
+                k, n = (bench.inputs, RANK) if op == "shrink" else (RANK, max(bench.outputs))
+                of_slots = found[op].setdefault(str(SLOTS + 1), {})
+                of_slots.setdefault(str(slices), {}).setdefault(str(tokens), {}).setdefault(str(k), {})[str(n)] = chosen["config"]
+                (arguments.folder / f"{gpu}_{file}.json").write_text(json.dumps(found[op], indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
