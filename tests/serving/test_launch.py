@@ -10,7 +10,7 @@ from pipeline.errors import ServingError
 from pipeline.process import GRACE_SECONDS
 from pipeline.project import Project
 from pipeline.recipe import Sampling, ServingRecipe, load_recipe
-from pipeline.serving.launch import END_GRACE_SECONDS, adapters_token, replica, sampling_settings, serve_args, serve_environment
+from pipeline.serving.launch import END_GRACE_SECONDS, LORA_KERNELS, adapters_token, replica, sampling_settings, serve_args, serve_environment
 from pipeline.serving.settings import SETTINGS_VARIABLE
 from tests.conftest import ROOT
 
@@ -71,6 +71,26 @@ def test_prefix_caching_can_be_off() -> None:
 def test_on_gpus_nothing_of_the_cpu_is_set() -> None:
     recipe = EMBEDDED.model_copy(update={"device": "cuda"})
     assert not [name for name in serve_environment(recipe, Path("s")) if name.startswith("VLLM_CPU")]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lora", "tuned"),
+    [
+        ({"device": "cuda"}, {}, True),
+        ({}, {}, False),
+        ({"device": "cuda", "tensor_parallel_size": 2}, {}, False),
+        ({"device": "cuda"}, {"max_rank": 64}, False),
+        ({"device": "cuda"}, {"target_modules": ("qkv_proj", "o_proj", "experts")}, False),
+    ],
+)
+def test_tuned_kernels_are_for_the_shapes_that_they_were_tuned_for(
+    recipe: dict[str, object], lora: dict[str, object], tuned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    changed = EMBEDDED.model_copy(update=recipe | {"lora": EMBEDDED.lora.model_copy(update={"max_rank": 16, **lora})})
+    assert serve_environment(changed, Path("s")).get("VLLM_TUNED_CONFIG_FOLDER") == (str(LORA_KERNELS) if tuned else None)
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", "/theirs")
+    assert "VLLM_TUNED_CONFIG_FOLDER" not in serve_environment(changed, Path("s"))
 
 
 def test_the_users_own_plugins_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidation
 from vllm.logprobs import Logprob  # noqa: E402
 from vllm.lora.model_manager import LoRAModelManager  # noqa: E402
 from vllm.lora.ops.torch_ops import lora_ops  # noqa: E402
+from vllm.lora.ops.triton_ops import utils as triton_utils  # noqa: E402
 from vllm.lora.punica_wrapper import punica_cpu  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.lora.utils import get_captured_lora_counts  # noqa: E402
@@ -78,7 +79,7 @@ from pipeline.sample import read_samples  # noqa: E402
 from pipeline.serving import cpu_lora, cpu_moe, hooks, plugin, worker_report  # noqa: E402
 from pipeline.serving.engine import ServedAdapter  # noqa: E402
 from pipeline.serving.hint import new_hint  # noqa: E402
-from pipeline.serving.launch import serve_args  # noqa: E402
+from pipeline.serving.launch import LORA_KERNELS, serve_args  # noqa: E402
 from pipeline.serving.metrics import VLLM_LORA_INFO, Metrics  # noqa: E402
 from pipeline.serving.routing import Route  # noqa: E402
 from pipeline.serving.sampling import SAMPLED_PATH, Sampler  # noqa: E402
@@ -213,6 +214,24 @@ def test_vllm_captures_graphs_for_the_counts_that_a_plan_has():
     recipe = load_recipe(ROOT / "recipes/serving/glm-4.5v-h200-fp8.yaml", ServingRecipe)
     many = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"graphs_per_count": True})})
     assert make_arg_parser(FlexibleArgumentParser()).parse_args(serve_args(many, Path("/base"), 8000)).specialize_active_lora is True
+
+
+@pytest.mark.parametrize("gpu", sorted({path.name.partition("_SHRINK")[0].partition("_EXPAND")[0] for path in LORA_KERNELS.glob("*.json")}))
+def test_vllm_takes_our_tuned_lora_kernels(gpu, monkeypatch):
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(LORA_KERNELS))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu.replace("_", " "))
+    for op, inputs, outputs, file in (("shrink", None, False, "SHRINK"), ("expand", True, True, "EXPAND_TRUE")):
+        of_slots = json.loads((LORA_KERNELS / f"{gpu}_{file}.json").read_text())["9"]
+        triton_utils.load_lora_op_config.cache_clear()
+        triton_utils.get_lora_op_configs.cache_clear()
+        for slices, wide in (3, 4096), (1, 12288):
+            for tokens, of_shape in of_slots[str(slices)].items():
+                (of_k,) = of_shape.values()
+                (config,) = of_k.values()
+                hidden = (12288 if slices == 3 else 4096) if outputs else wide
+                assert triton_utils.get_lora_op_configs(op, 9, int(tokens), hidden, 16, slices, add_inputs=inputs) == config
+                assert list(of_shape) == (["16"] if outputs else [str(wide)]) and list(of_k) == ([str(hidden)] if outputs else ["16"])
+                assert config["block_k"] * config.get("split_k", 1) <= 16384 and 16 % config["block_n"] == 0 if op == "shrink" else config["block_k"] == 16
 
 
 def test_recipes_offer_vllms_ways_to_quantize_while_loading():

@@ -22,6 +22,9 @@ FORBIDDEN = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens endpoints that let any client load any folder",
     "VLLM_SKIP_MODEL_NAME_VALIDATION": "answers unknown names from the base model",
 }
+LORA_KERNELS = Path(__file__).parent / "lora_kernels"
+"""Tuned configurations of vLLM's LoRA kernels, by GPU, made by tests/acceptance/gpu/tune_lora.py for attention adapters of rank 16 on one GPU. Other GPUs use vLLM's defaults."""
+TUNED_RANK, TUNED_MODULES = 16, {"qkv_proj", "o_proj"}
 END_GRACE_SECONDS = 1.0
 """What vLLM gets to end after it has drained, before everything is killed."""
 START_SECONDS = {"cpu": 600.0, "cuda": 1800.0}
@@ -65,14 +68,21 @@ def _batch_args(recipe: ServingRecipe) -> list[str]:
 
 
 def serve_environment(recipe: ServingRecipe, settings: Path) -> dict[str, str]:
-    """What vLLM and our plugin read from the environment for a recipe; pure but for the user's own VLLM_PLUGINS, which are kept."""
+    """What vLLM and our plugin read from the environment for a recipe; pure but for the user's own VLLM_PLUGINS and VLLM_TUNED_CONFIG_FOLDER, which are kept."""
     own = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name and name not in PLUGINS]
     environment = {"VLLM_PLUGINS": ",".join([*PLUGINS, *own]), "HF_HUB_OFFLINE": "1", SETTINGS_VARIABLE: str(settings)}
     environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"  # an allowed domain must not lead to one that is not
     if recipe.device == "cpu":
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(recipe.kv_cache_gib)
+    elif "VLLM_TUNED_CONFIG_FOLDER" not in os.environ and _as_tuned(recipe):
+        environment["VLLM_TUNED_CONFIG_FOLDER"] = str(LORA_KERNELS)
     return environment
+
+
+def _as_tuned(recipe: ServingRecipe) -> bool:
+    """vLLM takes the nearest shape that a configuration names, however far, so it gets ours for no others."""
+    return recipe.lora.max_rank == TUNED_RANK and set(recipe.lora.target_modules) == TUNED_MODULES and recipe.tensor_parallel_size == 1
 
 
 def adapters_token(project: Project) -> Path:
