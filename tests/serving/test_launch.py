@@ -40,6 +40,7 @@ GOLDEN = {
         --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
         --shutdown-timeout 3 --gpu-memory-utilization 0.9""",
 }
+GOLDEN["glm-4.5v-2xh200"] = GOLDEN["glm-4.5v-4xh100"].replace("--tensor-parallel-size 4", "--tensor-parallel-size 2")
 GOLDEN["production"] = GOLDEN["glm-4.5v-h200-fp8"].replace("127.0.0.1", "0.0.0.0").replace("--shutdown-timeout 3", "--shutdown-timeout 60")  # noqa: S104
 
 
