@@ -41,7 +41,7 @@ test-contract: setup
 	$(BIN)/python -m pytest --timeout 600 $(shell find tests -name "*_contract.py")
 
 test-e2e: setup
-	$(BIN)/python -m pytest -m e2e --timeout 900
+	$(BIN)/python -m pytest -m e2e --timeout 1600
 
 acceptance: setup
 	$(BIN)/python -m pytest tests/acceptance -s --timeout 3600
