@@ -26,6 +26,8 @@ quickstart: setup
 	$(BIN)/tuneserve quickstart
 
 test: setup
+	@# The tiny base model, which end-to-end tests and contracts share: made at once with all CPU, not beside them.
+	$(BIN)/python -c "from pathlib import Path; from pipeline import basemodel, project; basemodel.resolve_base_model('tiny', project.Project(Path.cwd()), print)"
 	$(MAKE) -j2 test-e2e test-beside
 
 # What waits for nothing and nobody, in what CPU the end-to-end tests leave.
