@@ -26,6 +26,8 @@ quickstart: setup
 	$(BIN)/tuneserve quickstart
 
 test: setup
+	@# The tiny base model, which end-to-end tests and contracts share: made at once with all CPU, not beside them.
+	$(BIN)/python -c "from pathlib import Path; from pipeline import basemodel, project; basemodel.resolve_base_model('tiny', project.Project(Path.cwd()), print)"
 	$(MAKE) -j2 test-e2e test-beside
 
 # What waits for nothing and nobody, in what CPU the end-to-end tests leave.
@@ -41,7 +43,7 @@ test-contract: setup
 	$(BIN)/python -m pytest --timeout 600 $(shell find tests -name "*_contract.py")
 
 test-e2e: setup
-	$(BIN)/python -m pytest -m e2e --timeout 900
+	$(BIN)/python -m pytest -m e2e --timeout 1600
 
 acceptance: setup
 	$(BIN)/python -m pytest tests/acceptance -s --timeout 3600

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 TRAINING_LOCK = "retrain.lock"
 """Held by the one scheduled training of this project's host, in .tuneserve/runs."""
 RETRIES, RETRY_SECONDS = 3, 20
-"""Of the step that only reads; the others are seen through by the next run."""
+"""Of the steps that only read; the others are seen through by the next run."""
 MAX_TAG_CHARACTERS = 2000
 
 
@@ -131,6 +131,16 @@ def _is_away(task_run_task: Task[Any, Any], run: TaskRun, state: State[Any]) -> 
     return isinstance(state.result(raise_on_failure=False), RegistryError)
 
 
+READING: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "retries": RETRIES,
+    "retry_delay_seconds": RETRY_SECONDS,
+    "retry_condition_fn": _is_away,
+}
+"""Of a task that changes nothing."""
+
+
 @flow(name="retrain", flow_run_name="retrain {recipe_path}", persist_result=False)
 def retrain(
     recipe_path: str,
@@ -202,14 +212,7 @@ def act_on_answers(
     return tuple(said)
 
 
-@task(
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    task_run_name="drift of {recipe.name}",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_SECONDS,
-    retry_condition_fn=_is_away,
-)
+@task(**READING, task_run_name="drift of {recipe.name}")
 def look_for_drift(registered: Registry, recipe: FinetuneRecipe, replicas: Replicas, project: Project) -> Reason | None:
     """Asks the champion the rows that were approved since its promotion, which it cannot have been trained on. That it cannot be told fails no run; None if the recipe does not ask."""
     rules, promotion = recipe.drift, recipe.promotion
@@ -235,14 +238,7 @@ def look_for_drift(registered: Registry, recipe: FinetuneRecipe, replicas: Repli
     return drift(champion.label, against_level(answers, before.value, promotion.metric, promotion.confidence), rules)
 
 
-@task(
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    task_run_name="what has changed for {recipe.name}",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_SECONDS,
-    retry_condition_fn=_is_away,
-)
+@task(**READING, task_run_name="what has changed for {recipe.name}")
 def compare(registered: Registry, recipe: FinetuneRecipe, path: Path, project: Project, force: bool, drifted: Reason | None = None) -> Compared:
     """Changes nothing in the registry. Drift is a reason to train, but never the same inputs again, which would make the same adapter."""
     rows = checked_rows(path, recipe, project)

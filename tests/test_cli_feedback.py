@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import cli_feedback, feedback
 from pipeline.project import Project
 from tests.command import tuneserve
 from tests.conftest import row, write_rows
@@ -21,6 +22,10 @@ def shop(project: Project) -> Project:
     write_rows(project.root / "data/train/own.jsonl", [row("red", None, "What colour?")])
     write_rows(project.root / "data/held-out.jsonl", [row("Sol tent", None, "What is held out?")])
     return project
+
+
+def test_the_states_to_choose_from_are_those_that_there_are() -> None:
+    assert cli_feedback.STATES == feedback.STATES
 
 
 def answer(shop: Project, *args: str, code: int = 0) -> dict[str, Any]:

@@ -47,7 +47,15 @@ def test_what_a_rebase_has_proven_counts_for_what_it_was_trained_with() -> None:
     assert bound("a", "t", {"version.vllm": "0.32.0"}, None).libraries == {"vllm": "0.32.0"}
     assert bound("a", "t", {"version.vllm": "0.32.0"}, PASSED).libraries == {"vllm": "0.33.0"}
     assert read_passed(PASSED.as_json()) == PASSED
-    for broken in (None, "", "yes", "[]", '{"gate": "g"}', json.dumps({**json.loads(PASSED.as_json()), "more": 1})):
+    for broken in (
+        None,
+        "",
+        "yes",
+        "[]",
+        '{"gate": "g"}',
+        json.dumps({**json.loads(PASSED.as_json()), "more": 1}),
+        json.dumps({**json.loads(PASSED.as_json()), "libraries": "x"}),
+    ):
         assert read_passed(broken) is None
     assert len(replace(PASSED, reasons="x" * 9000).as_json()) < 5000  # what a tag holds
 

@@ -62,9 +62,11 @@ class Passed:
 def read_passed(tag: str | None) -> Passed | None:
     """What the tag on a version says; None if it says nothing whole."""
     try:
-        return Passed(**json.loads(tag or ""))
-    except (ValueError, TypeError):
+        found = Passed(**json.loads(tag or ""))
+        found.libraries.items()
+    except (ValueError, TypeError, AttributeError):
         return None
+    return found
 
 
 def libraries_of(versions: Mapping[str, str]) -> dict[str, str]:

@@ -39,7 +39,7 @@ class Quickstart:
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quickstart]:
     sandbox = make_sandbox(tmp_path_factory.mktemp("e2e"))
     try:
-        yield Quickstart(sandbox, sandbox.json("quickstart", "--json", "--keep", seconds=870))
+        yield Quickstart(sandbox, sandbox.json("quickstart", "--json", "--keep", seconds=1500))
     finally:
         down = sandbox.run("down", "--json", seconds=90)
         for log in sorted((sandbox.root / ".tuneserve" / "logs").glob("*.log")):

@@ -83,12 +83,11 @@ class Attempts:
         self._kept: list[Message] = []
         self._again: list[Message] = []
         self._start: Message | None = None
-        self._begun = self._dropped = False
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
         await app(dict(scope), self._heard, self._said)
-        if self._dropped:
-            self._dropped, self._start, self._again = False, None, list(self._kept)
+        if self._request.dropped:
+            self._start, self._again, self._kept = None, self._kept, []
             self._request.ask_again()
             await app(dict(scope), self._heard, self._said)
 
@@ -96,24 +95,21 @@ class Attempts:
         if self._again:
             return self._again.pop(0)
         message = await self._receive()
-        if message["type"] == "http.request" and not (self._begun or self._request.asked_again):
+        if message["type"] == "http.request" and self._request.may_ask_again:
             self._kept.append(message)
         return message
 
     async def _said(self, message: Message) -> None:
-        if self._dropped:
+        if self._request.dropped:
             return
-        if not self._begun:
-            if message["type"] == "http.response.start":
-                self._start = message
-                return
-            if self._request.unanswered and not self._request.asked_again:
-                self._dropped = True
-                return
-            self._begun = True
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        if self._start:
+            start, self._start = self._start, None
+            self._request.may_ask_again = False
             self._kept.clear()
-            if self._start:
-                await self._send(self._start)
+            await self._send(start)
         await self._send(message)
 
 
@@ -254,7 +250,8 @@ class _Generation:
             async for output in original:
                 self._last = output
                 self._output_tokens += sum(len(each.token_ids) for each in output.outputs)
-                self._request.unanswered = not self._output_tokens and any(each.finish_reason == "error" for each in output.outputs)
+                if self._request.may_ask_again and not self._output_tokens and any(each.finish_reason == "error" for each in output.outputs):
+                    self._request.dropped = True
                 yield output
         except GeneratorExit:
             await original.aclose()
@@ -275,7 +272,7 @@ class _Generation:
         if self._served == UNKNOWN:  # not an HTTP request of ours to tell of
             return
         finish = next((each.finish_reason for each in last.outputs if each.finish_reason), None) if last else None
-        if request.unanswered and not request.asked_again:
+        if request.dropped:
             return  # its second attempt counts
         prompt_tokens = len(last.prompt_token_ids or ()) if last else 0
         self._metrics.finished(*labels, self._failure or finish or "abort", prompt_tokens, self._output_tokens)

@@ -25,13 +25,14 @@ class Request:
     """Whether it asked for a model by its name, and not for one of its versions."""
     drawn: float | None = None
     """Its lot in a canary, drawn once, so that however often it asks it stays on one side."""
-    unanswered: bool = False
-    """Its generation failed before its first token, through no fault of the caller's."""
-    asked_again: bool = False
+    may_ask_again: bool = True
+    """Nothing of its answer has been sent yet, and it is asked for the first time."""
+    dropped: bool = False
+    """The engine gave a generation of it up before the first token, and it is to be asked again."""
 
     def ask_again(self) -> None:
         """As before it had chosen its adapter, but for the time of its arrival and its lot."""
-        self.unanswered, self.asked_again = False, True
+        self.may_ask_again = self.dropped = False
         self.chosen, self.lora_id, self.served, self.version, self.by_name = False, None, "-", "-", False
 
 
