@@ -15,6 +15,7 @@ from pipeline.project import TOKEN_VARIABLE, Project
 from pipeline.recipe import Sampling, ServingRecipe, dump_recipe
 from pipeline.services import Service, free_port, require_free_port, service
 from pipeline.serving.settings import SETTINGS_VARIABLE, FollowerSettings, SamplingSettings
+from pipeline.serving_memory import graph_sizes
 
 SERVICE_PREFIX = "vllm-"
 PLUGINS = ("tuneserve_cpu_moe", "tuneserve_cpu_lora", "tuneserve")
@@ -23,7 +24,10 @@ FORBIDDEN = {
     "VLLM_SKIP_MODEL_NAME_VALIDATION": "answers unknown names from the base model",
 }
 LORA_KERNELS = Path(__file__).parent / "lora_kernels"
-"""Tuned configurations of vLLM's LoRA kernels, by GPU, made by tests/acceptance/gpu/tune_lora.py for attention adapters of rank 16 on one GPU. Other GPUs use vLLM's defaults."""
+"""Tuned configurations of vLLM's LoRA kernels, by GPU, made by tests/acceptance/gpu/tune_lora.py on an H100 for attention adapters of rank 16 on one GPU, and compared with vLLM's on an
+H200 too. Other GPUs use vLLM's defaults."""
+PICTURE_GRAPH_TOKENS, PICTURE_GRAPH_PICTURES = (256, 512, 1024), 4
+"""What the vision tower's graphs are captured for; a 448x448 picture is 256 tokens. Measured so."""
 TUNED_RANK, TUNED_MODULES = 16, {"qkv_proj", "o_proj"}
 END_GRACE_SECONDS = 1.0
 """What vLLM gets to end after it has drained, before everything is killed."""
@@ -44,10 +48,9 @@ def serve_args(recipe: ServingRecipe, base: Path, port: int) -> list[str]:
     args += ["--enable-lora", "--max-lora-rank", str(lora.max_rank), "--max-loras", str(lora.max_loras), "--max-cpu-loras", str(lora.max_cpu_loras)]
     args += ["--lora-target-modules", *lora.target_modules]
     args += ["--enable-mixed-moe-lora-format"] if lora.wraps_experts else []  # takes experts' adapters in either layout
-    args += ["--specialize-active-lora"] if lora.graphs_per_count else []
     args += ["--worker-extension-cls", "pipeline.serving.worker_report.AdapterReport"]
     args += ["--shutdown-timeout", str(recipe.drain_seconds)]
-    args += ["--enforce-eager"] if recipe.device == "cpu" else ["--gpu-memory-utilization", str(recipe.gpu_memory_utilization)]
+    args += ["--enforce-eager"] if recipe.device == "cpu" else ["--gpu-memory-utilization", str(recipe.gpu_memory_utilization), *_graph_args(recipe)]
     return args
 
 
@@ -64,6 +67,14 @@ def _batch_args(recipe: ServingRecipe) -> list[str]:
     args += ["--max-num-batched-tokens", str(recipe.max_num_batched_tokens)] if recipe.max_num_batched_tokens else []
     args += ["--max-num-seqs", str(recipe.max_num_seqs)] if recipe.max_num_seqs else []
     args += ["--enable-prefix-caching" if recipe.prefix_caching else "--no-enable-prefix-caching"]
+    return args
+
+
+def _graph_args(recipe: ServingRecipe) -> list[str]:
+    args = ["--cudagraph-capture-sizes", *map(str, graph_sizes(recipe.graph_tokens, recipe.max_num_seqs))] if recipe.graph_tokens else []
+    if recipe.picture_graphs:
+        most = {"encoder_cudagraph_token_budgets": PICTURE_GRAPH_TOKENS, "encoder_cudagraph_max_vision_items_per_batch": PICTURE_GRAPH_PICTURES}
+        args += ["--compilation-config", json.dumps({"cudagraph_mm_encoder": True, **most})]
     return args
 
 
