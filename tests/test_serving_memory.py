@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.gpus import GIB, Gpu, known_gpu
+from pipeline.gpus import GIB, MIB, Gpu, known_gpu
 from pipeline.recipe import ServedLora
-from pipeline.serving_memory import captured_sizes, kv_token_bytes, parallel_faults, serving_memory, slot_bytes, step_defaults
+from pipeline.serving_memory import captured_sizes, graph_sizes, kv_token_bytes, parallel_faults, serving_memory, slot_bytes, step_defaults
 from tests.planning import ALL_SERVED, glm, serving
 
 H200 = known_gpu("h200-141gb")
@@ -72,12 +72,18 @@ def test_captured_sizes_are_vllms() -> None:
     assert [captured_sizes(largest) for largest in (1, 64, 256, 512)] == [1, 11, 35, 51]
 
 
-def test_graphs_for_each_number_of_adapters_are_planned() -> None:
-    """vLLM 0.26 on one H200, 46 layers: 180 graphs in 2.36 GiB, which left 20.92 GiB of KV cache."""
-    settings = {"quantization": "fp8_per_tensor", "max_num_seqs": 64, "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.92}
-    planned = serving_memory(glm(), serving(**settings, lora={"max_loras": 8, "max_cpu_loras": 32, "graphs_per_count": True}), known_gpu("h200-141gb"))
-    assert planned.cuda_graphs / GIB == pytest.approx(2.36, rel=0.1)
-    assert (planned.budget - planned.total) / GIB == pytest.approx(20.92, rel=0.1)
+def test_graphs_for_prompts_are_planned() -> None:
+    assert (
+        graph_sizes(20, 64) == [1, 2, 4, 8, 16, 20]
+        and graph_sizes(64, 64) == [1, 2, 4, *range(8, 65, 8)]
+        and graph_sizes(300, 8) == [1, 2, 4, 8, 64, 128, 192, 256, 300]
+    )
+    assert graph_sizes(1024, None)[-13:] == [256, *range(320, 1025, 64)] and max(graph_sizes(1024, 2048)) == 1024
+    own, more = (
+        serving_memory(glm(), serving(max_num_seqs=64, **settings), known_gpu("h200-141gb")).cuda_graphs
+        for settings in ({}, {"graph_tokens": 1024, "picture_graphs": True})
+    )
+    assert more - own == (len(graph_sizes(1024, 64)) - captured_sizes(128)) * 16 * MIB + 350 * MIB
 
 
 def test_what_cannot_be_shared_out_is_named() -> None:

@@ -293,9 +293,6 @@ class ServedLora(Section):
     """Largest adapter that is fetched (GLM-4.5V at rank 16: attention 63 MB, routed experts 3.1 GB)."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("qkv_proj", "o_proj")
     """vLLM's modules that take adapters; weights for others are refused. The default is attention; routed experts cost 50 times as much GPU memory a slot."""
-    graphs_per_count: bool = False
-    """GPUs only: CUDA graphs for 1, 2, 4, ... adapters in a batch, not for max_loras alone, so that a step with one does not launch work for all. With 8 on an H200 they
-    take 2.4 GiB of the KV cache's memory and 80 s of the start."""
 
     def broken_relations(self) -> Iterator[str]:
         if self.max_cpu_loras < self.max_loras + 2:
@@ -357,6 +354,11 @@ class ServingRecipe(Section):
     running answers for longer. None: vLLM's own (8192 on an H100 or H200, 2048 on a CPU)."""
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None
     """Requests answered at once; more wait. Higher is more throughput and slower answers. None: vLLM's own (1024 on an H100 or H200, 128 on a CPU)."""
+    graph_tokens: Annotated[int, Field(ge=1, le=8192)] | None = None
+    """GPUs only: steps of up to so many tokens run as CUDA graphs. Set it above a usual prompt: outside a graph, a step through 46 layers waits for its launches. None: vLLM's
+    own, for answers only (twice max_num_seqs, at most 512)."""
+    picture_graphs: bool = False
+    """GPUs only: the vision tower runs as CUDA graphs for up to four pictures of together 1,024 tokens (448x448 is 256); larger ones run without."""
     prefix_caching: bool = True
     """Keeps the KV cache of common beginnings (system prompt, an image asked about again). False for clients that must not learn from timing what others asked."""
     max_images: Annotated[int, Field(ge=0)] = 4
@@ -413,6 +415,11 @@ class ServingRecipe(Section):
             yield f"quantization: {self.quantization} needs device: cuda; remove it to serve on the CPU"
         if self.quantization and self.precision == "float32":
             yield f"quantization: {self.quantization} goes with precision: bfloat16 only"
+        yield from (
+            f"{field}: needs device: cuda; remove it to serve on the CPU"
+            for field in ("graph_tokens", "picture_graphs")
+            if getattr(self, field) and self.device == "cpu"
+        )
         for field in ("expert_parallel", "vision_data_parallel"):
             if getattr(self, field) and self.tensor_parallel_size == 1:
                 yield f"{field}: needs tensor_parallel_size above 1; remove it to serve on one GPU"

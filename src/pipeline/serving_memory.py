@@ -20,6 +20,8 @@ MOST_CAPTURED = 512
 """The largest batch that vLLM captures by itself; 1024 on a B200, which is not counted."""
 GRAPH_BYTES = 16 * MIB
 """A captured CUDA graph over all layers: typical of vLLM's logs, not measured by us, half or twice as much is possible. RUNTIME_BYTES was fitted with it."""
+PICTURE_GRAPHS_BYTES = 350 * MIB
+"""The vision tower's three: what graphs took more on one H200 with them than without (2.75 GiB against 2.36, 6 graphs of the decoder apart). One run each."""
 RUNTIME_BYTES = int(1.26 * GIB)
 """CUDA, libraries, the vision tower's activations, workspaces. Fitted: what one H200 with FP8 weights had left for the KV cache (24.3 GiB = 138,640 tokens) at vLLM's
 default share of 0.92; the log names no share, and with 0.91 this would be negative."""
@@ -77,7 +79,7 @@ def serving_memory(architecture: Architecture, recipe: ServingRecipe, gpu: Gpu) 
         weights=served_weight_bytes(architecture, recipe),
         adapter_slots=recipe.lora.max_loras * slot_bytes(architecture, recipe.lora, ways, recipe.expert_parallel, number),
         activations=_step_bytes(decoder, tokens, sequences, ways, number),
-        cuda_graphs=_graph_bytes(recipe.lora, sequences),
+        cuda_graphs=_graph_bytes(recipe, sequences),
         runtime=RUNTIME_BYTES + (PARALLEL_BYTES if ways > 1 else 0),
         kv_token=kv_token_bytes(decoder, ways, number),
     )
@@ -163,16 +165,20 @@ def _step_bytes(decoder: Decoder, tokens: int, sequences: int, ways: int, number
     return tokens * (mlp + attention + 3 * decoder.hidden) * number + logits
 
 
-def _graph_bytes(lora: ServedLora, sequences: int) -> int:
-    """With graphs_per_count each further number of adapters (1, 2, 4, ... to max_loras) has its own, for mixed and for decoding steps: GLM-4.5V, 8 adapters, 64 sequences 2.17 GiB, 2.36 measured."""
-    mixed = captured_sizes(min(2 * sequences, MOST_CAPTURED))
-    further = lora.max_loras.bit_length() if lora.graphs_per_count else 0
-    return GRAPH_BYTES * (mixed + further * (mixed + captured_sizes(min(sequences, MOST_CAPTURED))))
+def _graph_bytes(recipe: ServingRecipe, sequences: int) -> int:
+    sizes = len(graph_sizes(recipe.graph_tokens, sequences)) if recipe.graph_tokens else captured_sizes(min(2 * sequences, MOST_CAPTURED))
+    return GRAPH_BYTES * sizes + PICTURE_GRAPHS_BYTES * recipe.picture_graphs
 
 
 def captured_sizes(largest: int) -> int:
     """How many batch sizes vLLM captures CUDA graphs for: 1, 2, 4, then every 8th to 256, every 16th above."""
     return sum(size <= largest for size in (1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)))
+
+
+def graph_sizes(largest: int, sequences: int | None) -> list[int]:
+    """The steps' tokens for which a recipe with `graph_tokens` has graphs captured: 1, 2, 4 and every 8th for answers of so many requests (None: 256), every 64th for prompts, and the largest."""
+    answers = min(sequences or 256, largest)
+    return sorted({size for size in (1, 2, 4, *range(8, answers + 8, 8), *range(64, largest, 64)) if size < largest} | {largest})
 
 
 def parallel_faults(architecture: Architecture, recipe: ServingRecipe) -> list[str]:

@@ -1,5 +1,6 @@
 """What vLLM is told for a serving recipe, and what must not be set around it."""
 
+import json
 import stat
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pipeline.errors import ServingError
 from pipeline.process import GRACE_SECONDS
 from pipeline.project import Project
 from pipeline.recipe import Sampling, ServingRecipe, load_recipe
-from pipeline.serving.launch import END_GRACE_SECONDS, adapters_token, replica, sampling_settings, serve_args, serve_environment
+from pipeline.serving.launch import END_GRACE_SECONDS, LORA_KERNELS, adapters_token, replica, sampling_settings, serve_args, serve_environment
 from pipeline.serving.settings import SETTINGS_VARIABLE
 from tests.conftest import ROOT
 
@@ -22,6 +23,10 @@ def option(args: list[str], name: str) -> str:
 
 
 FIXED = f"--chat-template {TEMPLATE_FILE} --chat-template-content-format openai"
+ANSWERS = "1 2 4 8 16 24 32 40 48 56 64"
+PROMPTS = "192 256 320 384 448 512 576 640 704 768 832 896 960 1024"
+PICTURES = """--compilation-config
+    {"cudagraph_mm_encoder":true,"encoder_cudagraph_token_budgets":[256,512,1024],"encoder_cudagraph_max_vision_items_per_batch":4}"""
 GOLDEN = {
     "tiny-cpu": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16
         --tensor-parallel-size 1 --max-model-len 2048 --enable-chunked-prefill --enable-prefix-caching
@@ -32,13 +37,13 @@ GOLDEN = {
         --tensor-parallel-size 1 --max-model-len 16384 --enable-chunked-prefill --max-num-batched-tokens 8192 --max-num-seqs 64 --enable-prefix-caching
         --limit-mm-per-prompt {{"image":4,"video":0}} --mm-processor-cache-gb 8.0 {FIXED} --allowed-media-domains none.invalid
         --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
-        --shutdown-timeout 3 --gpu-memory-utilization 0.92""",
+        --shutdown-timeout 3 --gpu-memory-utilization 0.92 --cudagraph-capture-sizes {ANSWERS} 128 {PROMPTS} {PICTURES}""",
     "glm-4.5v-4xh100": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16
         --tensor-parallel-size 4 --enable-expert-parallel --mm-encoder-tp-mode data
         --max-model-len 32768 --enable-chunked-prefill --max-num-batched-tokens 8192 --max-num-seqs 128 --enable-prefix-caching
         --limit-mm-per-prompt {{"image":4,"video":0}} --mm-processor-cache-gb 8.0 {FIXED} --allowed-media-domains none.invalid
         --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
-        --shutdown-timeout 3 --gpu-memory-utilization 0.9""",
+        --shutdown-timeout 3 --gpu-memory-utilization 0.9 --cudagraph-capture-sizes {ANSWERS} 72 80 88 96 104 112 120 128 {PROMPTS}""",
 }
 GOLDEN["glm-4.5v-2xh200"] = GOLDEN["glm-4.5v-4xh100"].replace("--tensor-parallel-size 4", "--tensor-parallel-size 2")
 GOLDEN["production"] = GOLDEN["glm-4.5v-h200-fp8"].replace("127.0.0.1", "0.0.0.0").replace("--shutdown-timeout 3", "--shutdown-timeout 60")  # noqa: S104
@@ -58,10 +63,13 @@ def test_without_domains_no_image_url_is_fetched() -> None:
     assert option(serve_args(open_, Path("/base"), 1), "--allowed-media-domains") == "img.example"
 
 
-def test_graphs_per_count_are_asked_for() -> None:
-    assert "--specialize-active-lora" not in serve_args(EMBEDDED, Path("/base"), 1)
-    many = EMBEDDED.model_copy(update={"lora": EMBEDDED.lora.model_copy(update={"graphs_per_count": True})})
-    assert "--specialize-active-lora" in serve_args(many, Path("/base"), 1)
+def test_graphs_for_prompts_and_pictures_are_asked_for() -> None:
+    own = serve_args(EMBEDDED.model_copy(update={"device": "cuda"}), Path("/base"), 1)
+    assert not {"--cudagraph-capture-sizes", "--compilation-config"} & set(own)
+    args = serve_args(EMBEDDED.model_copy(update={"device": "cuda", "graph_tokens": 96, "max_num_seqs": 16, "picture_graphs": True}), Path("/base"), 1)
+    sizes = args.index("--cudagraph-capture-sizes")
+    assert args[sizes + 1 : sizes + 8] == ["1", "2", "4", "8", "16", "64", "96"]
+    assert json.loads(args[args.index("--compilation-config") + 1])["cudagraph_mm_encoder"] is True
 
 
 def test_prefix_caching_can_be_off() -> None:
@@ -72,6 +80,26 @@ def test_prefix_caching_can_be_off() -> None:
 def test_on_gpus_nothing_of_the_cpu_is_set() -> None:
     recipe = EMBEDDED.model_copy(update={"device": "cuda"})
     assert not [name for name in serve_environment(recipe, Path("s")) if name.startswith("VLLM_CPU")]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lora", "tuned"),
+    [
+        ({"device": "cuda"}, {}, True),
+        ({}, {}, False),
+        ({"device": "cuda", "tensor_parallel_size": 2}, {}, False),
+        ({"device": "cuda"}, {"max_rank": 64}, False),
+        ({"device": "cuda"}, {"target_modules": ("qkv_proj", "o_proj", "experts")}, False),
+    ],
+)
+def test_tuned_kernels_are_for_the_shapes_that_they_were_tuned_for(
+    recipe: dict[str, object], lora: dict[str, object], tuned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    changed = EMBEDDED.model_copy(update=recipe | {"lora": EMBEDDED.lora.model_copy(update={"max_rank": 16, **lora})})
+    assert serve_environment(changed, Path("s")).get("VLLM_TUNED_CONFIG_FOLDER") == (str(LORA_KERNELS) if tuned else None)
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", "/theirs")
+    assert "VLLM_TUNED_CONFIG_FOLDER" not in serve_environment(changed, Path("s"))
 
 
 def test_the_users_own_plugins_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from pipeline.project import TOKEN_VARIABLE, Project
 from pipeline.recipe import Sampling, ServingRecipe, dump_recipe
 from pipeline.services import Service, free_port, require_free_port, service
 from pipeline.serving.settings import SETTINGS_VARIABLE, FollowerSettings, SamplingSettings
+from pipeline.serving_memory import graph_sizes
 
 SERVICE_PREFIX = "vllm-"
 PLUGINS = ("tuneserve_cpu_moe", "tuneserve_cpu_lora", "tuneserve")
@@ -22,6 +23,12 @@ FORBIDDEN = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens endpoints that let any client load any folder",
     "VLLM_SKIP_MODEL_NAME_VALIDATION": "answers unknown names from the base model",
 }
+LORA_KERNELS = Path(__file__).parent / "lora_kernels"
+"""Tuned configurations of vLLM's LoRA kernels, by GPU, made by tests/acceptance/gpu/tune_lora.py on an H100 for attention adapters of rank 16 on one GPU, and compared with vLLM's on an
+H200 too. Other GPUs use vLLM's defaults."""
+PICTURE_GRAPH_TOKENS, PICTURE_GRAPH_PICTURES = (256, 512, 1024), 4
+"""What the vision tower's graphs are captured for; a 448x448 picture is 256 tokens. Measured so."""
+TUNED_RANK, TUNED_MODULES = 16, {"qkv_proj", "o_proj"}
 END_GRACE_SECONDS = 1.0
 """What vLLM gets to end after it has drained, before everything is killed."""
 START_SECONDS = {"cpu": 600.0, "cuda": 1800.0}
@@ -41,10 +48,9 @@ def serve_args(recipe: ServingRecipe, base: Path, port: int) -> list[str]:
     args += ["--enable-lora", "--max-lora-rank", str(lora.max_rank), "--max-loras", str(lora.max_loras), "--max-cpu-loras", str(lora.max_cpu_loras)]
     args += ["--lora-target-modules", *lora.target_modules]
     args += ["--enable-mixed-moe-lora-format"] if lora.wraps_experts else []  # takes experts' adapters in either layout
-    args += ["--specialize-active-lora"] if lora.graphs_per_count else []
     args += ["--worker-extension-cls", "pipeline.serving.worker_report.AdapterReport"]
     args += ["--shutdown-timeout", str(recipe.drain_seconds)]
-    args += ["--enforce-eager"] if recipe.device == "cpu" else ["--gpu-memory-utilization", str(recipe.gpu_memory_utilization)]
+    args += ["--enforce-eager"] if recipe.device == "cpu" else ["--gpu-memory-utilization", str(recipe.gpu_memory_utilization), *_graph_args(recipe)]
     return args
 
 
@@ -64,15 +70,30 @@ def _batch_args(recipe: ServingRecipe) -> list[str]:
     return args
 
 
+def _graph_args(recipe: ServingRecipe) -> list[str]:
+    args = ["--cudagraph-capture-sizes", *map(str, graph_sizes(recipe.graph_tokens, recipe.max_num_seqs))] if recipe.graph_tokens else []
+    if recipe.picture_graphs:
+        most = {"encoder_cudagraph_token_budgets": PICTURE_GRAPH_TOKENS, "encoder_cudagraph_max_vision_items_per_batch": PICTURE_GRAPH_PICTURES}
+        args += ["--compilation-config", json.dumps({"cudagraph_mm_encoder": True, **most})]
+    return args
+
+
 def serve_environment(recipe: ServingRecipe, settings: Path) -> dict[str, str]:
-    """What vLLM and our plugin read from the environment for a recipe; pure but for the user's own VLLM_PLUGINS, which are kept."""
+    """What vLLM and our plugin read from the environment for a recipe; pure but for the user's own VLLM_PLUGINS and VLLM_TUNED_CONFIG_FOLDER, which are kept."""
     own = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name and name not in PLUGINS]
     environment = {"VLLM_PLUGINS": ",".join([*PLUGINS, *own]), "HF_HUB_OFFLINE": "1", SETTINGS_VARIABLE: str(settings)}
     environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"  # an allowed domain must not lead to one that is not
     if recipe.device == "cpu":
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(recipe.kv_cache_gib)
+    elif "VLLM_TUNED_CONFIG_FOLDER" not in os.environ and _as_tuned(recipe):
+        environment["VLLM_TUNED_CONFIG_FOLDER"] = str(LORA_KERNELS)
     return environment
+
+
+def _as_tuned(recipe: ServingRecipe) -> bool:
+    """vLLM takes the nearest shape that a configuration names, however far, so it gets ours for no others."""
+    return recipe.lora.max_rank == TUNED_RANK and set(recipe.lora.target_modules) == TUNED_MODULES and recipe.tensor_parallel_size == 1
 
 
 def adapters_token(project: Project) -> Path:

@@ -3,6 +3,8 @@
 `python tests/acceptance/gpu/tune_lora.py FOLDER` writes what vLLM reads from $VLLM_TUNED_CONFIG_FOLDER: GPU_SHRINK.json and GPU_EXPAND_TRUE.json, by slots, slices, tokens and shape;
 it prints a line for each with the microseconds of vLLM's default and of the choice. A choice is the least sum of both cases' times, and its output must equal the default's but for
 rounding. Times are medians of CUDA graphs that go through ADAPTER_SETS layers' weights, as a model does, so that no cache holds them. Stops choosing after --seconds.
+
+`--compare` chooses nothing: the same lines for the configurations that FOLDER has for this GPU (or for the GPU that `--of` names).
 """
 
 import argparse
@@ -62,11 +64,11 @@ class Bench:
         self.b = [[weights(width, RANK) for width in self.outputs] for _ in range(ADAPTER_SETS)]
 
     def meta(self, tokens: int, adapters: int) -> tuple[Any, ...]:
-        meta = LoRAKernelMeta.make(SLOTS, tokens, "cuda", captured_lora_counts=list(range(1, SLOTS + 2)))
+        meta = LoRAKernelMeta.make(SLOTS, tokens, "cuda")
         # Decoding gives each token the adapter of its request; a prompt's tokens stand together.
         numbers = torch.arange(tokens) % adapters if tokens <= FEW[-1] else torch.arange(tokens) * adapters // tokens
         meta.prepare_tensors(numbers.int().cuda())
-        return meta.meta_args(tokens, True)
+        return meta.meta_args(tokens, False)  # as `tuneserve serve` has it: room for every slot and the base, however many are in the batch
 
     def launch(self, op: str, tokens: int, adapters: int) -> Any:
         """A function that runs the kernel on one set of weights, and the output that it writes to."""
@@ -153,17 +155,46 @@ def choose(bench: Bench, op: str, tokens: int) -> dict[str, Any]:
     return {"default_us": [round(each, 2) for each in times[0][1]], "best_us": [round(each, 2) for each in best[1]], "config": best[0]}
 
 
+def compare(folder: Path, gpu: str) -> None:
+    benches = {slices: Bench(slices) for slices in SHAPES}
+    for op, file in (("shrink", "SHRINK"), ("expand", "EXPAND_TRUE")):
+        of_slices = json.loads((folder / f"{gpu}_{file}.json").read_text("utf-8"))[str(SLOTS + 1)]
+        for slices, tokens in itertools.product(SHAPES, (*FEW, *MANY)):
+            ((config,),) = (of_k.values() for of_k in of_slices[str(slices)][str(tokens)].values())
+            default = benches[slices].default(op, tokens)
+            us = {
+                adapters: [timed(benches[slices], op, tokens, adapters, each, default) for each in (default, config)]
+                for adapters in sorted({1, min(SLOTS, tokens)})
+            }
+            print(
+                json.dumps(
+                    {
+                        "op": op,
+                        "slices": slices,
+                        "tokens": tokens,
+                        "default_us": [round(each[0], 2) for each in us.values()],
+                        "configured_us": [round(each[1], 2) for each in us.values()],
+                    }
+                ),
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--of", metavar="GPU", help="whose configurations to compare, as in their files' names")
     arguments = parser.parse_args()
     began = time.monotonic()
+    gpu = torch.cuda.get_device_name().replace(" ", "_").replace("-", "_")
+    if arguments.compare:
+        return compare(arguments.folder, arguments.of or gpu)
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         pool.map(compile_share, [(number, arguments.workers) for number in range(arguments.workers)])
     print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
-    gpu = torch.cuda.get_device_name().replace(" ", "_").replace("-", "_")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     benches = {slices: Bench(slices) for slices in SHAPES}
     found: dict[str, Any] = {"shrink": {}, "expand": {}}
