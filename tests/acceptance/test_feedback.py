@@ -94,7 +94,7 @@ def shop(tmp_path: Path) -> Iterator[World]:
     changed = {
         "name": MODEL,
         "dataset": {"train": str(FOLDER / "train"), "eval": str(FOLDER / "eval/rows.jsonl")},
-        "training": shipped["training"] | {"epochs": 6},
+        "training": shipped["training"] | {"epochs": 10},
         "promotion": {"floor": 0.3, "protect": ["old"], "allowed_loss": 0.02},
         "drift": {"rows": str(FEEDBACK), "drop": 0.05, "minimum_rows": 30},
     }
