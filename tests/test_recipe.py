@@ -137,3 +137,14 @@ def test_what_needs_gpus_is_refused_without_them_and_all_at_once(tmp_path: Path)
     assert "device: cuda" in found["quantization"] and "tensor_parallel_size" in found["expert_parallel"]
     assert faults(tmp_path, SERVE + "gpu_memory_utilization: 0.96\n", ServingRecipe).keys() == {"gpu_memory_utilization"}
     assert load(tmp_path, SERVE + wrong.replace("cpu", "cuda\ntensor_parallel_size: 2").replace(": 32", ": 64"), ServingRecipe)
+
+
+def test_graphs_are_for_steps_and_pictures_that_there_can_be(tmp_path: Path) -> None:
+    def found(settings: str) -> dict[str, str]:
+        return faults(tmp_path, SERVE + settings, ServingRecipe)
+
+    assert found("device: cpu\ngraph_tokens: 512\npicture_graphs: true\n").keys() == {"graph_tokens", "picture_graphs"}
+    assert "max_num_seqs 64" in found("device: cuda\nmax_num_seqs: 64\ngraph_tokens: 32\n")["graph_tokens"]
+    assert "max_num_batched_tokens" in found("device: cuda\nmax_num_batched_tokens: 512\ngraph_tokens: 1024\n")["graph_tokens"]
+    assert "max_images" in found("device: cuda\nmax_images: 0\npicture_graphs: true\n")["picture_graphs"]
+    assert load(tmp_path, SERVE + "device: cuda\nmax_num_seqs: 64\nmax_num_batched_tokens: 512\ngraph_tokens: 512\npicture_graphs: true\n", ServingRecipe)

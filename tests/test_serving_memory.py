@@ -75,6 +75,7 @@ def test_captured_sizes_are_vllms() -> None:
 def test_graphs_for_prompts_are_planned() -> None:
     assert (
         graph_sizes(20, 64) == [1, 2, 4, 8, 16, 20]
+        and graph_sizes(96, 20) == [1, 2, 4, 8, 16, 20, 64, 96]
         and graph_sizes(64, 64) == [1, 2, 4, *range(8, 65, 8)]
         and graph_sizes(300, 8) == [1, 2, 4, 8, 64, 128, 192, 256, 300]
     )

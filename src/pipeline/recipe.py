@@ -355,8 +355,8 @@ class ServingRecipe(Section):
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None
     """Requests answered at once; more wait. Higher is more throughput and slower answers. None: vLLM's own (1024 on an H100 or H200, 128 on a CPU)."""
     graph_tokens: Annotated[int, Field(ge=1, le=8192)] | None = None
-    """GPUs only: steps of up to so many tokens run as CUDA graphs. Set it above a usual prompt: outside a graph, a step through 46 layers waits for its launches. None: vLLM's
-    own, for answers only (twice max_num_seqs, at most 512)."""
+    """GPUs only: steps of up to so many tokens run as CUDA graphs. Set it above a usual prompt: outside a graph a step takes as long as Python needs to start every GPU kernel of 46
+    layers. None: vLLM's own, which is twice max_num_seqs, at most 512."""
     picture_graphs: bool = False
     """GPUs only: the vision tower runs as CUDA graphs for up to four pictures of together 1,024 tokens (448x448 is 256); larger ones run without."""
     prefix_caching: bool = True
@@ -423,6 +423,12 @@ class ServingRecipe(Section):
         for field in ("expert_parallel", "vision_data_parallel"):
             if getattr(self, field) and self.tensor_parallel_size == 1:
                 yield f"{field}: needs tensor_parallel_size above 1; remove it to serve on one GPU"
+        if self.graph_tokens and self.graph_tokens < (self.max_num_seqs or 0):
+            yield f"graph_tokens: {self.graph_tokens} is fewer than max_num_seqs {self.max_num_seqs}, whose answers are one step; use at least as many"
+        if self.graph_tokens and self.max_num_batched_tokens and self.graph_tokens > self.max_num_batched_tokens:
+            yield f"graph_tokens: {self.graph_tokens} is more than a step has: max_num_batched_tokens is {self.max_num_batched_tokens}"
+        if self.picture_graphs and not self.max_images:
+            yield "picture_graphs: with max_images: 0 there are no pictures; remove it"
         if self.max_num_seqs and self.max_num_batched_tokens and self.max_num_batched_tokens < self.max_num_seqs:
             yield f"max_num_batched_tokens: {self.max_num_batched_tokens} is fewer than max_num_seqs {self.max_num_seqs}; each answer takes a token a step"
 

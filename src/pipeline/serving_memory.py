@@ -19,9 +19,10 @@ FP8_BYTES = 1
 MOST_CAPTURED = 512
 """The largest batch that vLLM captures by itself; 1024 on a B200, which is not counted."""
 GRAPH_BYTES = 16 * MIB
-"""A captured CUDA graph over all layers: typical of vLLM's logs, not measured by us, half or twice as much is possible. RUNTIME_BYTES was fitted with it."""
+"""A captured CUDA graph over all layers, counted once for each size. vLLM has some sizes for answers alone too, and all with and without adapters (180 graphs took 2.36 GiB on one H200):
+what that is more is in RUNTIME_BYTES, which was fitted so."""
 PICTURE_GRAPHS_BYTES = 350 * MIB
-"""The vision tower's three: what graphs took more on one H200 with them than without (2.75 GiB against 2.36, 6 graphs of the decoder apart). One run each."""
+"""The vision tower's three: what graphs took more on one H200 with them than without (2.75 GiB for 186 graphs of the decoder, against 2.36 for 180). One run each."""
 RUNTIME_BYTES = int(1.26 * GIB)
 """CUDA, libraries, the vision tower's activations, workspaces. Fitted: what one H200 with FP8 weights had left for the KV cache (24.3 GiB = 138,640 tokens) at vLLM's
 default share of 0.92; the log names no share, and with 0.91 this would be negative."""
@@ -166,7 +167,7 @@ def _step_bytes(decoder: Decoder, tokens: int, sequences: int, ways: int, number
 
 
 def _graph_bytes(recipe: ServingRecipe, sequences: int) -> int:
-    sizes = len(graph_sizes(recipe.graph_tokens, sequences)) if recipe.graph_tokens else captured_sizes(min(2 * sequences, MOST_CAPTURED))
+    sizes = len(graph_sizes(recipe.graph_tokens, recipe.max_num_seqs)) if recipe.graph_tokens else captured_sizes(min(2 * sequences, MOST_CAPTURED))
     return GRAPH_BYTES * sizes + PICTURE_GRAPHS_BYTES * recipe.picture_graphs
 
 
@@ -176,9 +177,9 @@ def captured_sizes(largest: int) -> int:
 
 
 def graph_sizes(largest: int, sequences: int | None) -> list[int]:
-    """The steps' tokens for which a recipe with `graph_tokens` has graphs captured: 1, 2, 4 and every 8th for answers of so many requests (None: 256), every 64th for prompts, and the largest."""
-    answers = min(sequences or 256, largest)
-    return sorted({size for size in (1, 2, 4, *range(8, answers + 8, 8), *range(64, largest, 64)) if size < largest} | {largest})
+    """The steps' tokens for which a recipe with `graph_tokens` has graphs captured: 1, 2, 4, every 8th and the last for answers to so many requests (None: 256), every 64th for prompts, and the largest."""
+    answers = sequences or 256
+    return sorted({size for size in (1, 2, 4, *range(8, answers, 8), answers, *range(64, largest, 64)) if size < largest} | {largest})
 
 
 def parallel_faults(architecture: Architecture, recipe: ServingRecipe) -> list[str]:

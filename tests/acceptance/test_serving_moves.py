@@ -107,7 +107,11 @@ def promoting(world: World, server: Server) -> Callable[[Version], Move]:
             os.setpriority(os.PRIO_PROCESS, command.pid, NICE)
             with contextlib.suppress(OSError):
                 Path(f"/proc/{command.pid}/autogroup").write_text(str(NICE), "utf-8")  # Linux weighs sessions first, where it is configured so
-            out, _ = command.communicate(timeout=120)
+            try:
+                out, _ = command.communicate(timeout=120)
+            except BaseException:
+                command.kill()
+                raise
         assert command.returncode == 0
         at = json.loads(out.splitlines()[-1])["alias_set_at"]
         return Move(version, at, at)

@@ -24,8 +24,8 @@ FORBIDDEN = {
     "VLLM_SKIP_MODEL_NAME_VALIDATION": "answers unknown names from the base model",
 }
 LORA_KERNELS = Path(__file__).parent / "lora_kernels"
-"""Tuned configurations of vLLM's LoRA kernels, by GPU, made by tests/acceptance/gpu/tune_lora.py on an H100 for attention adapters of rank 16 on one GPU, and compared with vLLM's on an
-H200 too. Other GPUs use vLLM's defaults."""
+"""Tuned configurations of vLLM's LoRA kernels, by GPU, made by tests/acceptance/gpu/tune_lora.py on an H100 for eight attention adapters of rank 16 on one GPU, and compared with vLLM's on
+an H200 too. Other GPUs use vLLM's defaults."""
 PICTURE_GRAPH_TOKENS, PICTURE_GRAPH_PICTURES = (256, 512, 1024), 4
 """What the vision tower's graphs are captured for; a 448x448 picture is 256 tokens. Measured so."""
 TUNED_RANK, TUNED_MODULES = 16, {"qkv_proj", "o_proj"}

@@ -208,7 +208,9 @@ def main() -> None:
                 k, n = (bench.inputs, RANK) if op == "shrink" else (RANK, max(bench.outputs))
                 of_slots = found[op].setdefault(str(SLOTS + 1), {})
                 of_slots.setdefault(str(slices), {}).setdefault(str(tokens), {}).setdefault(str(k), {})[str(n)] = chosen["config"]
-                (arguments.folder / f"{gpu}_{file}.json").write_text(json.dumps(found[op], indent=1) + "\n", "utf-8")
+                path = arguments.folder / f"{gpu}_{file}.json"
+                path.unlink(missing_ok=True)  # it may be a link to another GPU's
+                path.write_text(json.dumps(found[op], indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
