@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.gpus import GIB, MIB, Gpu, known_gpu
+from pipeline.gpus import GIB, Gpu, known_gpu
 from pipeline.recipe import ServedLora
 from pipeline.serving_memory import captured_sizes, graph_sizes, kv_token_bytes, parallel_faults, serving_memory, slot_bytes, step_defaults
 from tests.planning import ALL_SERVED, glm, serving
@@ -73,18 +73,21 @@ def test_captured_sizes_are_vllms() -> None:
 
 
 def test_graphs_for_prompts_are_planned() -> None:
-    assert (
-        graph_sizes(20, 64) == [1, 2, 4, 8, 16, 20]
-        and graph_sizes(96, 20) == [1, 2, 4, 8, 16, 20, 64, 96]
-        and graph_sizes(64, 64) == [1, 2, 4, *range(8, 65, 8)]
-        and graph_sizes(300, 8) == [1, 2, 4, 8, 64, 128, 192, 256, 300]
-    )
+    assert graph_sizes(20, 64) == [1, 2, 4, 8, 16, 20]
+    assert graph_sizes(96, 20) == [1, 2, 4, 8, 16, 20, 64, 96]
+    assert graph_sizes(64, 64) == [1, 2, 4, *range(8, 65, 8)]
+    assert graph_sizes(300, 8) == [1, 2, 4, 8, 64, 128, 192, 256, 300]
     assert graph_sizes(1024, None)[-13:] == [256, *range(320, 1025, 64)] and max(graph_sizes(1024, 2048)) == 1024
-    own, more = (
-        serving_memory(glm(), serving(max_num_seqs=64, **settings), known_gpu("h200-141gb")).cuda_graphs
-        for settings in ({}, {"graph_tokens": 1024, "picture_graphs": True})
+
+
+def test_a_server_with_graphs_for_prompts_and_pictures_is_as_large_as_measured() -> None:
+    """vLLM 0.26 on one H200, 46 layers: 21.22 GiB were left for the KV cache, with more graphs (2.75 GiB) than there are now."""
+    settings = {"quantization": "fp8_per_tensor", "max_num_seqs": 64, "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.92}
+    without, planned = (
+        serving_memory(glm(), serving({"max_loras": 8}, **settings, **graphs), H200) for graphs in ({}, {"graph_tokens": 1024, "picture_graphs": True})
     )
-    assert more - own == (len(graph_sizes(1024, 64)) - captured_sizes(128)) * 16 * MIB + 350 * MIB
+    assert without.cuda_graphs < planned.cuda_graphs < 2.75 * GIB
+    assert planned.total == pytest.approx(planned.budget - 21.22 * GIB, rel=0.03)
 
 
 def test_what_cannot_be_shared_out_is_named() -> None:

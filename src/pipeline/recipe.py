@@ -411,15 +411,11 @@ class ServingRecipe(Section):
         yield from (f"follow: {fault}" for name in self.follow if (fault := name_fault(name, {self.served_name})))
         if self.lora.wraps_experts and self.device == "cpu":
             yield "lora.target_modules: no adapters for routed experts on a CPU; remove experts, or serve with device: cuda"
-        if self.quantization and self.device == "cpu":
-            yield f"quantization: {self.quantization} needs device: cuda; remove it to serve on the CPU"
+        for field in ("quantization", "graph_tokens", "picture_graphs"):
+            if getattr(self, field) and self.device == "cpu":
+                yield f"{field}: needs device: cuda; remove it to serve on the CPU"
         if self.quantization and self.precision == "float32":
             yield f"quantization: {self.quantization} goes with precision: bfloat16 only"
-        yield from (
-            f"{field}: needs device: cuda; remove it to serve on the CPU"
-            for field in ("graph_tokens", "picture_graphs")
-            if getattr(self, field) and self.device == "cpu"
-        )
         for field in ("expert_parallel", "vision_data_parallel"):
             if getattr(self, field) and self.tensor_parallel_size == 1:
                 yield f"{field}: needs tensor_parallel_size above 1; remove it to serve on one GPU"

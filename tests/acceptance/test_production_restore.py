@@ -165,9 +165,8 @@ def test_production_restore(tmp_path: Path) -> None:
             replica_seconds = site.start("replica-2")
             probes.append(probe(site, "replica-2"))
             fetched = look(site)
-            changed = [
-                each for each in differing(before, fetched) if ".disabled.versions.1:" not in each
-            ]  # it never served version 1, so it names no switch of it
+            # The replica never served version 1, so it names no switch of it.
+            changed = [each for each in differing(before, fetched) if ".disabled.versions.1:" not in each]
             answers = load.stop()
         again = site.json("train", RECIPE, "--json")
         failed = [answer for answer in answers if not answer.ok]

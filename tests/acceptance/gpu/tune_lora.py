@@ -28,6 +28,8 @@ SHAPES = {3: (WIDTH, (Q, KV, KV)), 1: (Q, (WIDTH,))}
 """By number of slices (qkv_proj and o_proj): inputs, and outputs of each slice."""
 FEW, MANY = (1, 2, 4, 8, 16, 32, 64), (128, 512, 2048, 8192)
 ADAPTER_SETS, REPLAYS = 8, 7
+FILES = {"shrink": "SHRINK", "expand": "EXPAND_TRUE"}
+"""By kernel, how vLLM calls its configurations' file."""
 MOST_DIFFERENCE = {"shrink": 1e-3, "expand": 1e-2}
 """Of the norm: float32 sums in another order, bfloat16."""
 Config = dict[str, Any]
@@ -157,7 +159,7 @@ def choose(bench: Bench, op: str, tokens: int) -> dict[str, Any]:
 
 def compare(folder: Path, gpu: str) -> None:
     benches = {slices: Bench(slices) for slices in SHAPES}
-    for op, file in (("shrink", "SHRINK"), ("expand", "EXPAND_TRUE")):
+    for op, file in FILES.items():
         of_slices = json.loads((folder / f"{gpu}_{file}.json").read_text("utf-8"))[str(SLOTS + 1)]
         for slices, tokens in itertools.product(SHAPES, (*FEW, *MANY)):
             ((config,),) = (of_k.values() for of_k in of_slices[str(slices)][str(tokens)].values())
@@ -200,7 +202,7 @@ def main() -> None:
     found: dict[str, Any] = {"shrink": {}, "expand": {}}
     for tokens in (16, 64, 4, 1, 32, 8, 2, *MANY):
         for slices, bench in benches.items():
-            for op, file in (("shrink", "SHRINK"), ("expand", "EXPAND_TRUE")):
+            for op, file in FILES.items():
                 if time.monotonic() - began > arguments.seconds:
                     return
                 chosen = choose(bench, op, tokens)
