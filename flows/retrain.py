@@ -313,7 +313,8 @@ def decided(version: Version, outcome: Outcome) -> Reason:
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="record {found.decided.code}")
 def record(registered: Registry, found: Retrained) -> Retrained:
     """Keeps what was compared and decided: on the version, where something was done about it, and as an artifact of the run. Raises as `refuse_taken_back`."""
-    logger.info("retrained", extra={"model": found.version.name, "version": found.version.version, "trained": found.trained, "decision": found.decided.code})
+    about = {"model": found.version.name, "version": found.version.version, "trained": found.trained}
+    logger.info("retrained", extra=about | {"decision": found.decided.code, "reason": found.decided.message})
     create_markdown_artifact(found.markdown(), key="retrain", description=f"{found.version.label}: {found.decided.code}")
     if found.outcome:
         registered.tag_version(found.version, {DECIDED_TAG: str(found.decided)[:MAX_TAG_CHARACTERS]})

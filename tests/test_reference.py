@@ -108,6 +108,20 @@ def test_an_adapter_without_a_reference_is_registered_all_the_same(
     assert found is None and "registered without a parity reference" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("victim", ["os.getpid()", "os.getppid()"], ids=["command", "supervisor"])
+def test_one_that_is_killed_is_begun_again(child: Child, folder: Path, victim: str) -> None:
+    once = f"import os, pathlib, signal, sys\nif not (mark := pathlib.Path('killed')).exists():\n    mark.touch(); os.kill({victim}, signal.SIGKILL); os.kill(os.getpid(), signal.SIGKILL)\n"
+    child.script = once + child.script
+    assert read_reference(make(folder), "run").adapter_digest == adapter_of(folder).digest and child.runs == 2
+
+
+def test_one_that_is_always_killed_is_given_up(child: Child, folder: Path) -> None:
+    child.script = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(ProcessFailed, match=r"could not be made \(exit code 137\)"):
+        make(folder)
+    assert child.runs == training.REFERENCE_TRIES
+
+
 def test_one_that_takes_too_long_is_given_up(child: Child, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "REFERENCE_SECONDS", 0.2)
     child.script = "import time; time.sleep(60)"

@@ -49,6 +49,11 @@ class Child:
         self.lease.close()
         return code
 
+    def killed(self) -> bool:
+        """Whether a signal ended the command or its supervisor: someone, or the kernel for want of memory, and not its own doing."""
+        code = self.poll()
+        return code is not None and (code < 0 or code > 128)
+
     def failure(self, what: str) -> ProcessFailed:
         """The error for a command that went wrong: what, its exit code, the first error in its log and the log's end."""
         return failure(f"{what} (exit code {self.poll()})", self.log)

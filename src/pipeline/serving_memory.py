@@ -19,10 +19,10 @@ FP8_BYTES = 1
 MOST_CAPTURED = 512
 """The largest batch that vLLM captures by itself; 1024 on a B200, which is not counted."""
 GRAPH_BYTES = 16 * MIB
-"""A captured CUDA graph over all layers, counted once for each size. vLLM has some sizes for answers alone too, and all with and without adapters (180 graphs took 2.36 GiB on one H200):
-what that is more is in RUNTIME_BYTES, which was fitted so."""
+"""A captured CUDA graph over all layers, counted once for each size. vLLM has some sizes for answers alone too, and all with and without adapters (74 graphs of 26 sizes
+and the vision tower's three took 1.45 GiB on one H200): what that is more is in RUNTIME_BYTES, which was fitted so."""
 PICTURE_GRAPHS_BYTES = 350 * MIB
-"""The vision tower's three: what graphs took more on one H200 with them than without (2.75 GiB for 186 graphs of the decoder, against 2.36 for 180). One run each."""
+"""The vision tower's three: what graphs took more on one H200 with them than without, one run each (2.75 GiB, with 186 graphs of the decoder, against 2.36 with 180)."""
 RUNTIME_BYTES = int(1.26 * GIB)
 """CUDA, libraries, the vision tower's activations, workspaces. Fitted: what one H200 with FP8 weights had left for the KV cache (24.3 GiB = 138,640 tokens) at vLLM's
 default share of 0.92; the log names no share, and with 0.91 this would be negative."""

@@ -45,6 +45,8 @@ ARGS_FILE, LEASE = "swift_args.json", "training.lease"
 """In a training's folder."""
 REFERENCE_SECONDS = 1800.0
 """What a parity reference may take: a base that does not fit the GPUs is read from host memory for every prompt."""
+REFERENCE_TRIES = 2
+"""Of one that is killed: without a reference its version could never pass the gate."""
 CADENCE = ("logging_steps", "save_steps", "eval_steps")
 LOGGING_STEPS = 5
 PICTURE_WORKERS = 2
@@ -248,7 +250,8 @@ def _log(project: Project, folder: Path) -> Path:
 
 
 def make_reference(recipe: FinetuneRecipe, base: BaseModel, adapter: Adapter, dataset: Dataset, folder: Path, project: Project) -> str:
-    """The text of the parity.json that belongs to `adapter`, made of held-out rows on the hardware that trained; kept in `folder`, and made once.
+    """The text of the parity.json that belongs to `adapter`, made of held-out rows on the hardware that trained; kept in `folder`, and made once. One that is
+    killed is begun again, up to REFERENCE_TRIES in all.
 
     Raises ProcessFailed if it cannot be made; the adapter is what it was.
     """
@@ -266,24 +269,27 @@ def make_reference(recipe: FinetuneRecipe, base: BaseModel, adapter: Adapter, da
     task |= {"template_digest": template_digest(), "images": questions.images, "questions": [each.model_dump() for each in questions.questions]}
     task_file.write_text(json.dumps(task), "utf-8")
     alone = recipe.model_copy(update={"training": recipe.training.model_copy(update={"processes": 1, "deepspeed": None})})
-    child = process.start(
-        [sys.executable, "-m", "pipeline.swift_parity", str(task_file), str(path)],
-        name="parity reference",
-        lease=folder / LEASE,
-        log=_log(project, folder).with_suffix(".parity.log"),
-        environment=_environment(project, swift_environment(alone, folder)),
-        cwd=folder,
-    )
-    try:
-        deadline = time.monotonic() + REFERENCE_SECONDS
-        while child.poll() is None:
-            if time.monotonic() > deadline:
-                raise child.failure(f"the parity reference was not made within {REFERENCE_SECONDS:.0f} s")
-            time.sleep(POLL_SECONDS)
-        if child.poll() != 0:
-            raise child.failure("the parity reference could not be made")
-    finally:
-        child.end()
+    for tries_left in reversed(range(REFERENCE_TRIES)):
+        child = process.start(
+            [sys.executable, "-m", "pipeline.swift_parity", str(task_file), str(path)],
+            name="parity reference",
+            lease=folder / LEASE,
+            log=_log(project, folder).with_suffix(".parity.log"),
+            environment=_environment(project, swift_environment(alone, folder)),
+            cwd=folder,
+        )
+        try:
+            deadline = time.monotonic() + REFERENCE_SECONDS
+            while child.poll() is None:
+                if time.monotonic() > deadline:
+                    raise child.failure(f"the parity reference was not made within {REFERENCE_SECONDS:.0f} s")
+                time.sleep(POLL_SECONDS)
+            if child.poll() == 0:
+                break
+            if not (child.killed() and tries_left):
+                raise child.failure("the parity reference could not be made")
+        finally:
+            child.end()
     text = path.read_text("utf-8")
     try:
         read_reference(text, str(path))

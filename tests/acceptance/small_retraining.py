@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-ANSWERS = ("red", "blue", "green", "black", "white", "circle", "square", "yellow")
+ANSWERS = ("red", "blue", "green", "black", "white", "yellow")
+"""Colours, which the base says readily: a shape is not learnt in so few steps."""
 
 
 def write_recipe(root: Path, model: str, promotion: str = "") -> str:
@@ -13,7 +14,7 @@ def write_recipe(root: Path, model: str, promotion: str = "") -> str:
 base_model: tiny
 dataset: {{train: data/small-{model}/train.jsonl, eval: data/small-{model}/eval.jsonl}}
 lora: {{rank: 8, alpha: 16, target_modules: [q_proj, k_proj, v_proj, o_proj]}}
-training: {{device: cpu, precision: float32, max_steps: 12, checkpoint_steps: 4, micro_batch_size: 8, global_batch_size: 8, learning_rate: 5.0e-3,
+training: {{device: cpu, precision: float32, max_steps: 24, checkpoint_steps: 4, micro_batch_size: 8, global_batch_size: 8, learning_rate: 2.0e-3,
   max_length_tokens: 256, gradient_checkpointing: false, seed: 1}}
 promotion: {{floor: 0.5, min_examples: 8{promotion and ", "}{promotion}}}
 """

@@ -214,6 +214,19 @@ class Chaos:
                 program.launch()
                 self.restarted.append(name)
 
+    def wait_up(self, name: str) -> None:
+        """Until it is ready; one that ended at once is started again: PostgreSQL does as long as its killed server's children hold the memory they shared."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            try:
+                self.site.programs[name].wait_ready()
+                return
+            except AssertionError:
+                if self.site.programs[name].alive() or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.5)
+            self.keep_up()
+
     def problems(self, before: set[Path], versions: int, journal: int) -> list[str]:
         """What is not as if nothing had happened; `before`, `versions` and `journal` say how it was."""
         return [*self.wrong_in_the_registry(versions), *self.wrong_trainings(before, journal), *self.wrong_in_prefect(), *self.wrong_processes()]
@@ -284,7 +297,7 @@ class Chaos:
             killed, at = time.monotonic(), time.time()
             self.keep_up()
             if cell.victim in self.site.programs:
-                self.site.programs[cell.victim].wait_ready()
+                self.wait_up(cell.victim)
             ready = time.monotonic() - killed
             states = [self.wait_ended(run)]
             detected = self.end_of(run) - at if states[0] in ENDED and states[0] != "COMPLETED" else None

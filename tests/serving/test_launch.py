@@ -34,7 +34,7 @@ GOLDEN = {
         --enable-lora --max-lora-rank 16 --max-loras 4 --max-cpu-loras 16 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
         --shutdown-timeout 3 --enforce-eager""",
     "glm-4.5v-h200-fp8": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16 --quantization fp8_per_tensor
-        --tensor-parallel-size 1 --max-model-len 16384 --enable-chunked-prefill --max-num-batched-tokens 8192 --max-num-seqs 64 --enable-prefix-caching
+        --tensor-parallel-size 1 --max-model-len 16384 --enable-chunked-prefill --max-num-batched-tokens 1024 --max-num-seqs 64 --enable-prefix-caching
         --limit-mm-per-prompt {{"image":4,"video":0}} --mm-processor-cache-gb 8.0 {FIXED} --allowed-media-domains none.invalid
         --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
         --shutdown-timeout 3 --gpu-memory-utilization 0.92 --cudagraph-capture-sizes {ANSWERS} 128 {PROMPTS} {PICTURES}""",
