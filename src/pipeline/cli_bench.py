@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.cli_plan import ignore_plan_option, plan_here, refuse_what_cannot_fit
 from pipeline.cli_serving import adapter_of, chosen_replicas, fleet_options, must_reach_all
-from pipeline.command import begin_journal, json_option, opened_project
+from pipeline.command import begin_journal, json_option, opened_project, recipe_argument
 from pipeline.errors import Fault, InvalidInput, ServingError
+from pipeline.gpus import GIB
 
 if TYPE_CHECKING:
     from pipeline.bench.arms import Arm, Server
@@ -45,9 +47,9 @@ key_option = click.option("--api-key-env", metavar="VARIABLE", help="The environ
 out_option = click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Where the result goes; default: .tuneserve/bench/KIND-TIME.")
 
 
-@click.group(short_help="Measure served models and alias moves.")
+@click.group(short_help="Measure served models, alias moves and training.")
 def bench() -> None:
-    """Measure on your own machine: what adapters cost against the base, and how soon a moved alias answers.
+    """Measure on your own machine: what adapters cost against the base, how soon a moved alias answers, how fast a recipe trains.
 
     A result is a folder: result.md (tables, ratios first), result.json (all of it, with every request), plot.png and plot.svg. What was measured is written at once, so that an interrupted
     benchmark, or a lost machine, leaves what there is.
@@ -282,6 +284,55 @@ def _is_loaded(fleet: "Fleet", version: "Version") -> bool | None:
     """Whether all replicas that say anything of the model have the version, if only because it is not forgotten yet; None if none does."""
     said = [look.status for look in fleet.looks() if look.status and version.name in look.status.models]
     return all(version.digest in status.slots.digests for status in said) if said else None
+
+
+@bench.command(short_help="Seconds a step, against ms-swift alone.")
+@recipe_argument
+@click.option(
+    "--arm",
+    "arms",
+    type=click.Choice(["train", "bare"]),
+    multiple=True,
+    default=("train", "bare"),
+    show_default=True,
+    help="train: as `tuneserve train` does; bare: ms-swift alone with the same arguments. May be given twice.",
+)
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, metavar="N", help="Timed ones of each training; two more come first.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="How often each arm trains; an interval needs at least two."
+)
+@ignore_plan_option
+@out_option
+@json_option
+def train(recipe: Path, arms: tuple[str, ...], steps: int, rounds: int, ignore_plan: bool, out: Path | None, as_json: bool) -> None:
+    """Measure how fast a finetune recipe trains here, and what it takes of the GPUs: short trainings on its own rows, of which nothing is kept or registered.
+
+    With both arms they take turns (A B, B A, ...), each from its start, model loading included, which is not timed. Other work on the machine disturbs it. Refused, as `tuneserve train`,
+    if the recipe cannot fit the GPUs that are here.
+    """
+    from pipeline.recipe import FinetuneRecipe, load_recipe
+
+    wanted = load_recipe(recipe, FinetuneRecipe)
+    chosen = tuple(dict.fromkeys(arms))
+    with opened_project() as project:
+        refuse_what_cannot_fit(recipe, wanted, project, ignore_plan)
+        from pipeline.basemodel import resolve_base_model
+        from pipeline.bench.training import measure, settings_of, shortened
+        from pipeline.dataset import Deep, load_dataset
+        from pipeline.preflight import checked_rows, refuse_misfit
+        from pipeline.progress import progress
+
+        folder = _folder(project, "train", out)
+        checked_rows(recipe, wanted, project)
+        with progress("base model") as report:
+            base = resolve_base_model(wanted.base_model, project, report)
+        refuse_misfit(recipe, wanted, base)
+        with progress("rows") as report:
+            rows = load_dataset(wanted.dataset, project, Deep(base.folder, wanted.training.max_length_tokens, wanted.method == "dpo"), report)
+        planned = None if wanted.training.device == "cpu" else plan_here(wanted, project)
+        settings = settings_of(str(recipe), wanted, rows, chosen, steps, rounds, planned.total / GIB if planned else None)
+        with _recorded(folder, _header("train", (), settings, ()), "bench train", as_json) as (record, told):
+            measure(shortened(wanted, steps), base, rows, project, chosen, rounds, record, told)
 
 
 @bench.command(short_help="Make a result's tables and plots anew.")

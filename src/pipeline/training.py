@@ -275,7 +275,7 @@ def make_reference(recipe: FinetuneRecipe, base: BaseModel, adapter: Adapter, da
             name="parity reference",
             lease=folder / LEASE,
             log=_log(project, folder).with_suffix(".parity.log"),
-            environment=_environment(project, swift_environment(alone, folder)),
+            environment=child_environment(project, swift_environment(alone, folder)),
             cwd=folder,
         )
         try:
@@ -298,7 +298,7 @@ def make_reference(recipe: FinetuneRecipe, base: BaseModel, adapter: Adapter, da
     return text
 
 
-def _environment(project: Project, own: Mapping[str, str]) -> dict[str, str]:
+def child_environment(project: Project, own: Mapping[str, str]) -> dict[str, str]:
     """A child's, without what would make it wait for other processes than the recipe says; how the user has memory allocated stays."""
     own = {name: value for name, value in own.items() if name != ALLOCATOR_VARIABLE or name not in os.environ}
     return {name: value for name, value in project.child_environment(own).items() if name in own or name not in LAUNCHER_VARIABLES}
@@ -307,7 +307,7 @@ def _environment(project: Project, own: Mapping[str, str]) -> dict[str, str]:
 def _run_swift(recipe: FinetuneRecipe, folder: Path, project: Project, follow_log: "LogFollower") -> None:
     rank_logs = _log(project, folder).with_suffix(".ranks")
     shutil.rmtree(rank_logs, ignore_errors=True)
-    environment = _environment(project, swift_environment(recipe, rank_logs))
+    environment = child_environment(project, swift_environment(recipe, rank_logs))
     child = process.start(
         [sys.executable, "-m", "swift.cli.main", swift_command(recipe), str(folder / ARGS_FILE)],
         name="training",

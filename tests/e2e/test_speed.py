@@ -39,3 +39,13 @@ def test_bench_swap_moves_the_alias_to_and_fro_and_leaves_it_where_it_was(quicks
     assert answering(quickstart, "catalog") == f"{champion.label}@{champion.digest[:8]}"
     newest = quickstart.sandbox.json("history", "catalog", "--json", seconds=60)["entries"][0]
     assert (newest["action"], newest["after"]) == ("kept", champion.version) and "tuneserve bench swap" in newest["reasons"]
+
+
+def test_bench_train_holds_training_against_ms_swift_alone_and_keeps_nothing(quickstart: Quickstart) -> None:
+    versions = quickstart.registry.registered()
+    said = quickstart.sandbox.json("bench", "train", "recipes/finetune/catalog-tiny.yaml", "--steps", "2", "--rounds", "1", "--json", seconds=300)
+    train, bare = said["figures"]
+    assert said["complete"] and (train["arm"], train["steps"], bare["arm"], bare["steps"]) == ("train", 2, "bare", 2)
+    assert train["ratio"] > 0 and train["tokens_per_second"] > 0 and bare["ratio"] is None
+    assert {path.name for path in Path(said["folder"]).iterdir()} == FILES
+    assert quickstart.registry.registered() == versions and not list((quickstart.sandbox.root / ".tuneserve/runs").glob("bench-*"))

@@ -25,6 +25,8 @@ def draw(folder: Path, result: Mapping[str, Any]) -> bool:
     figure = Figure(figsize=size, layout="constrained")
     if result["kind"] == "serve":
         _draw_serve(list(figure.subplots(1, 1 + len(RATIOS))), result)
+    elif result["kind"] == "train":
+        _draw_train(figure.subplots(), result)
     else:
         _draw_swap(list(figure.subplots(1, 2)), result)
     for name in FILES:
@@ -77,3 +79,17 @@ def _draw_swap(panels: "list[Axes]", result: Mapping[str, Any]) -> None:
         panel.set_xlabel("move")
         if panel.get_legend_handles_labels()[0]:
             panel.legend()
+
+
+def _draw_train(panel: "Axes", result: Mapping[str, Any]) -> None:
+    """Every timed step of every training, side by side."""
+    for place, arm in enumerate(result["settings"]["arms"]):
+        for training in (each for each in result["trainings"] if each["arm"] == arm):
+            steps, label = training["step_seconds"], arm if training["round"] == 0 else None
+            panel.plot(range(1, len(steps) + 1), steps, marker=".", label=label, color=f"C{place}", alpha=0.7)
+    panel.set_title("seconds a step")
+    panel.set_ylim(bottom=0)
+    panel.locator_params(axis="x", integer=True)
+    panel.set_xlabel("timed step")
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend()

@@ -5,12 +5,12 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pipeline.errors import Fault, InvalidInput
 
 LINES, RESULT, TABLE = "rounds.jsonl", "result.json", "result.md"
-BenchKind = Literal["serve", "swap"]
+BenchKind = Literal["serve", "swap", "train"]
 
 
 class Record:
@@ -47,7 +47,7 @@ def read_record(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         written = (folder / LINES).read_text("utf-8").splitlines(keepends=True)
         header, *lines = [json.loads(line) for line in written if line.endswith("\n")]
-        if header["kind"] not in ("serve", "swap"):
+        if header["kind"] not in get_args(BenchKind):
             raise ValueError(header["kind"])
     except FileNotFoundError:
         raise InvalidInput([Fault(str(folder), "", f"holds no {LINES}; name a folder that tuneserve bench has written")]) from None

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.bench import plot
 from pipeline.bench.figures import CONFIDENCE, LATENCIES, METRICS, THROUGHPUT, Figures, Ratio, figures, ratios, read_run
 from pipeline.bench.record import RESULT, TABLE, read_record
+from pipeline.bench.steps import ArmFigures, arm_figures, read_training
 from pipeline.bench.swapping import Move, gaps_of, read_move, seconds_of
 
 TITLES = {
@@ -27,8 +28,8 @@ SHORT = 0.98
 def write_results(folder: Path) -> tuple[dict[str, Any], str]:
     """Makes the results of a folder's record anew, as far as it got: what result.json says, and the table. Raises InvalidInput if there is no record."""
     header, lines = read_record(folder)
-    said, table = _serve(header, lines) if header["kind"] == "serve" else _swap(header, lines)
-    if not plot.draw(folder, said):
+    said, table = {"serve": _serve, "swap": _swap, "train": _train}[header["kind"]](header, lines)
+    if not plot.draw(folder, said | _raw(header, lines)):
         said["notes"].append("no plot: matplotlib is not installed here; where it is, `tuneserve bench report FOLDER` makes it")
     (folder / RESULT).write_text(json.dumps(said | _raw(header, lines)) + "\n", "utf-8")
     (folder / TABLE).write_text(table, "utf-8")
@@ -36,9 +37,11 @@ def write_results(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _raw(header: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Every request, as columns: of each run, or of the streams."""
+    """Every request, as columns: of each run, or of the streams; or every step."""
     if header["kind"] == "serve":
         return {"runs": list(lines)}
+    if header["kind"] == "train":
+        return {"trainings": list(lines)}
     return {"requests": next((line["requests"] for line in lines if "requests" in line), None)}
 
 
@@ -172,3 +175,38 @@ def _swap_setting_lines(header: Mapping[str, Any], ended: Mapping[str, Any] | No
     counted = [f"- {ended['requests']} requests, {ended['failed']} failed"] if ended else []
     moved = f"{settings['champion']} to {', '.join(settings['others'])} and back"
     return [f"- {header['began']}, {_machine(header['machine'])}", f"- {'; '.join(servers)}", f"- {moved}; {told}; {asked}", *counted]
+
+
+def _train(header: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
+    settings = header["settings"]
+    measured = arm_figures([read_training(line) for line in lines], settings["against"], settings["step_tokens"])
+    planned = settings["rounds"] * len(settings["arms"])
+    notes = [*header["notes"], *([] if len(lines) == planned else [f"cut short: {len(lines)} of {planned} trainings were measured"])]
+    said = {"kind": "train", "complete": len(lines) == planned, "figures": [asdict(each) for each in measured]}
+    table = [*_train_table(measured, settings["against"]), "", *_train_setting_lines(header), *(f"- {note}" for note in notes)]
+    return said | {key: value for key, value in header.items() if key != "kind"} | {"notes": notes}, "\n".join(table) + "\n"
+
+
+def _train_table(measured: Sequence[ArmFigures], against: str) -> list[str]:
+    rows = []
+    for each in measured:
+        ratio = "-" if each.ratio is None else f"{each.ratio:.3f}" + ("" if each.low is None else f" [{each.low:.3f}, {each.high:.3f}]")
+        cells = [ratio, f"{each.step_p50_seconds:.3f}", f"{each.step_p95_seconds:.3f}", _number(each.tokens_per_second), _number(each.memory_gib)]
+        rows.append(f"| {each.arm} | {' | '.join(cells)} | {each.steps} in {each.rounds} rounds |")
+    head = [
+        f"| arm | tokens/s against {against} [{CONFIDENCE:.0%} interval] | a step p50 s | p95 s | tokens/s | reserved GiB of a GPU | steps |",
+        "|---" * 7 + "|",
+    ]
+    return [*head, *rows] if rows else ["No step was measured."]
+
+
+def _train_setting_lines(header: Mapping[str, Any]) -> list[str]:
+    settings = header["settings"]
+    tokens = "of unknown length" if settings["step_tokens"] is None else f"{settings['step_tokens']:.0f} tokens in the mean"
+    steps = f"{settings['recipe']}: {settings['steps']} steps of {settings['rows']} rows a training, {tokens}, after {settings['untimed_steps']} that are not counted"
+    planned = "" if settings["planned_gib"] is None else f"; planned {settings['planned_gib']:.1f} GiB a GPU"
+    return [
+        f"- {header['began']}, {_machine(header['machine'])}",
+        f"- {steps}{planned}",
+        f"- {', '.join(f'{key} {value}' for key, value in settings['versions'].items())}",
+    ]

@@ -5,7 +5,6 @@ Each length is a project's recipe of its own, trained by the command itself (MLf
 """
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -21,6 +20,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from pipeline.bench.steps import logged_steps, step_seconds
+from pipeline.bench.training import UNTIMED_STEPS, logged_one_by_one
 from pipeline.project import Project
 from pipeline.prompt import Task, read_counter
 from pipeline.recipe import FinetuneRecipe, load_recipe
@@ -31,8 +32,6 @@ HERE = Path(__file__).parent
 SIDE_PIXELS = 448
 FIRST_WORD = "Shown:"
 START_SECONDS = 900.0
-UNTIMED_STEPS = 2
-"""The first ones, in which kernels are chosen."""
 
 
 def write_rows(project: Path, base: Path, tokens: int, images: int, rows: int) -> None:
@@ -68,7 +67,7 @@ def recipe_of(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
     data = f"data/{tokens}-{arguments.images}"
     training = {"max_steps": arguments.steps + UNTIMED_STEPS, "global_batch_size": arguments.processes, "max_length_tokens": tokens}
     training |= {
-        "checkpoint_steps": next_logging_each(arguments.steps + UNTIMED_STEPS),
+        "checkpoint_steps": logged_one_by_one(arguments.steps + UNTIMED_STEPS),
         "processes": arguments.processes,
         "device": "cpu" if arguments.narrow else "cuda",
     }
@@ -77,25 +76,6 @@ def recipe_of(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
     recipe = {"name": f"tokens-{tokens}", "base_model": f"models/layers-{arguments.layers}", "training": training}
     recipe |= {"quantization": "nf4"} if arguments.base == "nf4" else {}
     return recipe | {"dataset": {"train": f"{data}/train.jsonl", "eval": f"{data}/eval.jsonl"}, "lora": {"rank": 16, "alpha": 32}}
-
-
-def next_logging_each(steps: int) -> int:
-    """The least number of steps between checkpoints, `steps` or more, with which training.py has every step logged."""
-    return steps if steps % 5 else steps + 1
-
-
-def step_seconds(log: Path) -> list[float]:
-    """Of each step that ms-swift logged; it logs the mean since the start."""
-    if not log.is_file():
-        return []
-    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines() if line.endswith("}")]
-    ended = [0.0]
-    ended += [line["train_speed(s/it)"] * int(line["global_step/max_steps"].partition("/")[0]) for line in lines if "loss" in line]
-    return [after - before for before, after in itertools.pairwise(ended)]
-
-
-def logged(log: Path, key: str) -> list[Any]:
-    return [line[key] for line in map(json.loads, log.read_text("utf-8").splitlines()) if key in line and "loss" in line]
 
 
 def train(recipe: Path, arguments: argparse.Namespace, peaks: Path, *, command: Sequence[str], runs: Path) -> dict[str, Any]:
@@ -111,21 +91,22 @@ def train(recipe: Path, arguments: argparse.Namespace, peaks: Path, *, command: 
         while child.poll() is None and time.monotonic() - began < START_SECONDS:
             time.sleep(1)
             new = [path for path in runs.glob("**/logging.jsonl") if path not in known]
-            steps = step_seconds(new[0]) if new else []
+            steps = step_seconds(logged_steps(new[0])) if new else []
             if not arguments.whole and list(peaks.glob("*.json")):  # ms-swift has ended
                 break
         if child.poll() is None:
             child.send_signal(signal.SIGINT)
         code = child.wait(120)
     new = [path for path in runs.glob("**/logging.jsonl") if path not in known]
-    steps = step_seconds(new[0]) if new else []
+    steps = step_seconds(logged_steps(new[0])) if new else []
     found: dict[str, Any] = {"seconds": time.monotonic() - began, "exit_code": code, "step_seconds": [round(step, 3) for step in steps]}
     found["peaks"] = [peak for path in peaks.glob("*.json") if (peak := json.loads(path.read_text("utf-8")))["peak_gib"]]
     if len(steps) <= UNTIMED_STEPS:
         logs = [log, *sorted((arguments.folder / ".tuneserve" / "logs").glob("training-*.log"), key=lambda path: path.stat().st_mtime)[-1:]]
         return found | {"failed": [path.read_text("utf-8", "replace")[-3000:] for path in logs]}
     found["typical_step_seconds"] = statistics.median(steps[UNTIMED_STEPS:])
-    return found | {"losses": logged(new[0], "loss"), "memory_gib": max(logged(new[0], "memory(GiB)"), default=0.0)}
+    logged = logged_steps(new[0])
+    return found | {"losses": [step["loss"] for step in logged], "memory_gib": max(step.get("memory(GiB)", 0.0) for step in logged)}
 
 
 def plan(recipe: Path, folder: Path) -> Any:
