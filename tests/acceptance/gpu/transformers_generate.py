@@ -82,7 +82,12 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16, device_map=where, experts_implementation=arguments.experts).eval()
     processor = AutoProcessor.from_pretrained(base)
     processor.tokenizer.padding_side = "left"
-    about = {"layers": arguments.layers, "experts": arguments.experts, "gpus": torch.cuda.device_count(), "loading_seconds": round(time.perf_counter() - began, 1)}
+    about = {
+        "layers": arguments.layers,
+        "experts": arguments.experts,
+        "gpus": torch.cuda.device_count(),
+        "loading_seconds": round(time.perf_counter() - began, 1),
+    }
     number = 0
     for batch in arguments.batch:
         for round_number in range(-1, arguments.rounds):
