@@ -361,10 +361,11 @@ class Production:
         return self.program(WORKER, argv, self.clients | {"PREFECT_HOME": str(self.folder / "worker")}, ready, owns_children=False)
 
     def make_replica(self, name: str) -> Program:
-        """The shipped CPU recipe under another name, with a port of its own."""
+        """The shipped CPU recipe under another name, with a port of its own, in float32 as adapters are trained here: a small one that is drilled into one answer can be half a nat apart in
+        bfloat16, more than parity allows."""
         recipe = self.sandbox.root / "recipes" / "serving" / f"{name}.yaml"
         shipped = yaml.safe_load((self.sandbox.root / SHIPPED).read_text("utf-8"))
-        recipe.write_text(yaml.safe_dump(shipped | {"name": name, "port": self.ports[name]}), "utf-8")
+        recipe.write_text(yaml.safe_dump(shipped | {"name": name, "port": self.ports[name], "precision": "float32"}), "utf-8")
         argv = [sys.executable, "-m", "pipeline.cli", "serve", str(recipe.relative_to(self.sandbox.root))]
         return self.program(
             name, argv, self.clients, lambda: self.ask_replica(name, "/adapters/ready").status_code == httpx.codes.OK, start_seconds=REPLICA_START_SECONDS
