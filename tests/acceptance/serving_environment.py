@@ -45,7 +45,8 @@ def wait_until(reached: Callable[[], Value], seconds: float, what: Callable[[], 
 
 
 def connection(url: str) -> httpx.Client:
-    return httpx.Client(base_url=url, timeout=60.0, trust_env=False)
+    """It lets go of an idle connection before the server does, after 5 s: one that is used at that very moment is reset."""
+    return httpx.Client(base_url=url, timeout=60.0, trust_env=False, limits=httpx.Limits(keepalive_expiry=2.0))
 
 
 def engine_name(version: Version) -> str:
