@@ -91,7 +91,11 @@ def test_it_is_one_process_on_the_unquantized_base_in_the_recipes_precision(chil
 
 @pytest.mark.parametrize(
     ("script", "says"),
-    [("raise ValueError('no memory')", "could not be made.*no memory"), ("import sys; open(sys.argv[2], 'w').write('{}')", "is not whole")],
+    [
+        ("raise ValueError('no memory')", "could not be made.*no memory"),
+        ("import sys; sys.exit(255)", r"could not be made \(exit code 255\)"),
+        ("import sys; open(sys.argv[2], 'w').write('{}')", "is not whole"),
+    ],
 )
 def test_an_adapter_without_a_reference_is_registered_all_the_same(
     child: Child, folder: Path, script: str, says: str, capsys: pytest.CaptureFixture[str]

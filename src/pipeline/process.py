@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ class Child:
     def killed(self) -> bool:
         """Whether a signal ended the command or its supervisor: someone, or the kernel for want of memory, and not its own doing."""
         code = self.poll()
-        return code is not None and (code < 0 or code > 128)
+        return code is not None and (code < 0 or 128 < code < 128 + signal.NSIG)
 
     def failure(self, what: str) -> ProcessFailed:
         """The error for a command that went wrong: what, its exit code, the first error in its log and the log's end."""

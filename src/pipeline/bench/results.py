@@ -29,9 +29,10 @@ def write_results(folder: Path) -> tuple[dict[str, Any], str]:
     """Makes the results of a folder's record anew, as far as it got: what result.json says, and the table. Raises InvalidInput if there is no record."""
     header, lines = read_record(folder)
     said, table = {"serve": _serve, "swap": _swap, "train": _train}[header["kind"]](header, lines)
-    if not plot.draw(folder, said | _raw(header, lines)):
+    whole = said | _raw(header, lines)
+    if not plot.draw(folder, whole):
         said["notes"].append("no plot: matplotlib is not installed here; where it is, `tuneserve bench report FOLDER` makes it")
-    (folder / RESULT).write_text(json.dumps(said | _raw(header, lines)) + "\n", "utf-8")
+    (folder / RESULT).write_text(json.dumps(whole) + "\n", "utf-8")
     (folder / TABLE).write_text(table, "utf-8")
     return said, table
 
@@ -88,9 +89,13 @@ def _ratio_table(compared: Sequence[Ratio], against: str) -> list[str]:
 
 
 def _ratio(found: Ratio | None) -> str:
-    if found is None:
+    return "-" if found is None else _interval(found.ratio, found.low, found.high)
+
+
+def _interval(ratio: float | None, low: float | None, high: float | None) -> str:
+    if ratio is None:
         return "-"
-    return f"{found.ratio:.3f}" + (f" [{found.low:.3f}, {found.high:.3f}]" if found.low is not None and found.high is not None else "")
+    return f"{ratio:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else "")
 
 
 def _figure_table(measured: Sequence[Figures]) -> list[str]:
@@ -190,8 +195,13 @@ def _train(header: dict[str, Any], lines: Sequence[Mapping[str, Any]]) -> tuple[
 def _train_table(measured: Sequence[ArmFigures], against: str) -> list[str]:
     rows = []
     for each in measured:
-        ratio = "-" if each.ratio is None else f"{each.ratio:.3f}" + ("" if each.low is None else f" [{each.low:.3f}, {each.high:.3f}]")
-        cells = [ratio, f"{each.step_p50_seconds:.3f}", f"{each.step_p95_seconds:.3f}", _number(each.tokens_per_second), _number(each.memory_gib)]
+        cells = [
+            _interval(each.ratio, each.low, each.high),
+            f"{each.step_p50_seconds:.3f}",
+            f"{each.step_p95_seconds:.3f}",
+            _number(each.tokens_per_second),
+            _number(each.memory_gib),
+        ]
         rows.append(f"| {each.arm} | {' | '.join(cells)} | {each.steps} in {each.rounds} rounds |")
     head = [
         f"| arm | tokens/s against {against} [{CONFIDENCE:.0%} interval] | a step p50 s | p95 s | tokens/s | reserved GiB of a GPU | steps |",

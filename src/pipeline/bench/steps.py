@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESAMPLES, CONFIDENCE, SEED = 2000, 0.95, 0
-"""The same steps give the same interval."""
+from pipeline.bench.figures import CONFIDENCE, RESAMPLES, SEED
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if WEIGHTS not in map(Path, sys.path):  # sitecustomize.py counts when Python starts
         os.environ["PYTHONPATH"] = os.pathsep.join([str(WEIGHTS), os.environ.get("PYTHONPATH", "")])
-        os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606 (itself, with another path)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     base = arguments.folder / "models" / f"layers-{arguments.layers}"
