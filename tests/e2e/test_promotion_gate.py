@@ -46,7 +46,7 @@ def test_an_evaluation_changes_nothing_and_is_recorded(quickstart: Quickstart, r
     overall = said["against"]["base"][0]
     assert overall["low"] > 0.5 and overall["examples"] == said["examples"]
     run = quickstart.registry.client.get_run(said["mlflow_run_id"])
-    assert run.data.metrics["score"] == said["scores"]["catalog/1"]["score"] and run.data.tags["tuneserve.decision"] == "keep"
+    assert round(run.data.metrics["score"], 4) == said["scores"]["catalog/1"]["score"] and run.data.tags["tuneserve.decision"] == "keep"
     assert {entry.path for entry in quickstart.registry.client.list_artifacts(run.info.run_id)} == {"answers.jsonl", "assessment.json", "assessment.md"}
     assert aliases(quickstart) == {CHAMPION: "1"}
 
