@@ -26,9 +26,9 @@ PICTURE_GRAPHS_BYTES = 350 * MIB
 RUNTIME_BYTES = int(1.26 * GIB)
 """CUDA, libraries, the vision tower's activations, workspaces. Fitted: what one H200 with FP8 weights had left for the KV cache (24.3 GiB = 138,640 tokens) at vLLM's
 default share of 0.92; the log names no share, and with 0.91 this would be negative."""
-PARALLEL_BYTES = int(3.33 * GIB)
-"""What more each of several GPUs takes: NCCL (0.83 GiB a group, measured), all-reduce buffers. Fitted in the same way on two H200 (bf16, 252,064 tokens); had that run
-been given a share of 0.9, it would be 0.5 GiB."""
+PARALLEL_BYTES = int(0.44 * GIB)
+"""What more each of several GPUs takes: NCCL, all-reduce buffers. Fitted: what two H200 with bf16 weights had left at a share of 0.92 (25.26 GiB = 287,856 tokens); an older
+run agrees within 1 % if its share, which its log does not name, was 0.9."""
 RUNTIME_UNCERTAINTY_BYTES = 3 * GIB
 """How far the two fitted constants may be off on other GPUs and models."""
 

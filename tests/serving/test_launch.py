@@ -45,7 +45,11 @@ GOLDEN = {
         --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
         --shutdown-timeout 3 --gpu-memory-utilization 0.9 --cudagraph-capture-sizes {ANSWERS} 72 80 88 96 104 112 120 128 {PROMPTS}""",
 }
-GOLDEN["glm-4.5v-2xh200"] = GOLDEN["glm-4.5v-4xh100"].replace("--tensor-parallel-size 4", "--tensor-parallel-size 2")
+GOLDEN["glm-4.5v-2xh200"] = (
+    GOLDEN["glm-4.5v-h200-fp8"]
+    .replace("--quantization fp8_per_tensor", "")
+    .replace("--tensor-parallel-size 1 --max-model-len 16384", "--tensor-parallel-size 2 --max-model-len 32768")
+)
 GOLDEN["production"] = GOLDEN["glm-4.5v-h200-fp8"].replace("127.0.0.1", "0.0.0.0").replace("--shutdown-timeout 3", "--shutdown-timeout 60")  # noqa: S104
 
 
@@ -87,7 +91,8 @@ def test_on_gpus_nothing_of_the_cpu_is_set() -> None:
     [
         ({"device": "cuda"}, {}, True),
         ({}, {}, False),
-        ({"device": "cuda", "tensor_parallel_size": 2}, {}, False),
+        ({"device": "cuda", "tensor_parallel_size": 2}, {}, True),
+        ({"device": "cuda", "tensor_parallel_size": 4}, {}, False),
         ({"device": "cuda"}, {"max_rank": 64}, False),
         ({"device": "cuda"}, {"target_modules": ("qkv_proj", "o_proj", "experts")}, False),
     ],

@@ -244,6 +244,7 @@ def test_vllm_takes_our_tuned_lora_kernels(gpu, monkeypatch):
                 (config,) = of_k.values()
                 hidden = (12288 if slices == 3 else 4096) if outputs else wide
                 assert triton_utils.get_lora_op_configs(op, 9, int(tokens), hidden, 16, slices, add_inputs=inputs) == config
+                assert triton_utils.get_lora_op_configs(op, 9, int(tokens), hidden // 2, 16, slices, add_inputs=inputs) == config, "over two GPUs"
                 assert list(of_shape) == (["16"] if outputs else [str(wide)]) and list(of_k) == ([str(hidden)] if outputs else ["16"])
                 assert config["block_k"] * config.get("split_k", 1) <= 16384 and 16 % config["block_n"] == 0 if op == "shrink" else config["block_k"] == 16
 

@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 from pipeline.bench.steps import logged_steps, step_seconds
-from pipeline.bench.training import UNTIMED_STEPS, logged_one_by_one
+from pipeline.bench.training import UNTIMED_STEPS, logged_one_by_one, turns
 from pipeline.project import Project
 from pipeline.prompt import Task, read_counter
 from pipeline.recipe import FinetuneRecipe, load_recipe
@@ -63,9 +63,10 @@ def write_rows(project: Path, base: Path, tokens: int, images: int, rows: int) -
     (folder / "eval.jsonl").write_text(json.dumps(row(rows, 8)) + "\n", "utf-8")
 
 
-def recipe_of(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
+def recipe_of(arguments: argparse.Namespace, tokens: int, number: int) -> dict[str, Any]:
+    """Of round `number`, which is its seed: the same once more would not train at all."""
     data = f"data/{tokens}-{arguments.images}"
-    training = {"max_steps": arguments.steps + UNTIMED_STEPS, "global_batch_size": arguments.processes, "max_length_tokens": tokens}
+    training = {"max_steps": arguments.steps + UNTIMED_STEPS, "global_batch_size": arguments.processes, "max_length_tokens": tokens, "seed": 42 + number}
     training |= {
         "checkpoint_steps": logged_one_by_one(arguments.steps + UNTIMED_STEPS),
         "processes": arguments.processes,
@@ -78,7 +79,21 @@ def recipe_of(arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
     return recipe | {"dataset": {"train": f"{data}/train.jsonl", "eval": f"{data}/eval.jsonl"}, "lora": {"rank": 16, "alpha": 32}}
 
 
-def train(recipe: Path, arguments: argparse.Namespace, peaks: Path, *, command: Sequence[str], runs: Path) -> dict[str, Any]:
+def train(recipe: Path, arguments: argparse.Namespace, peaks: Path) -> dict[str, Any]:
+    return measured(recipe, arguments, peaks, command=[sys.executable, "-m", "pipeline.cli", "train"], runs=Project(arguments.folder).runs)
+
+
+def train_bare(recipe: Path, arguments: argparse.Namespace, peaks: Path) -> dict[str, Any]:
+    """`swift sft` alone, with the arguments that `tuneserve train` gave it last."""
+    args = max(Project(arguments.folder).runs.glob("*/swift_args.json"), key=lambda path: path.stat().st_mtime)
+    bare: Path = arguments.folder / "bare" / f"{recipe.stem}.json"
+    bare.parent.mkdir(exist_ok=True)
+    bare.write_text(json.dumps(json.loads(args.read_text("utf-8")) | {"output_dir": str(bare.with_suffix(""))}), "utf-8")
+    os.environ.update(swift_environment(load_recipe(recipe, FinetuneRecipe), arguments.folder / "ranks"))
+    return measured(bare, arguments, peaks, command=[sys.executable, "-m", "swift.cli.main", "sft"], runs=bare.parent)
+
+
+def measured(recipe: Path, arguments: argparse.Namespace, peaks: Path, *, command: Sequence[str], runs: Path) -> dict[str, Any]:
     """Runs `command` on the recipe until its steps are done, or, with --whole, until it ends; what was measured, or how it failed."""
     known = set(runs.glob("**/logging.jsonl"))
     environment = os.environ | {"TUNESERVE_PEAK": str(peaks), "PYTHONPATH": os.pathsep.join([str(HERE / "made_weights"), os.environ.get("PYTHONPATH", "")])}
@@ -127,7 +142,8 @@ def main() -> None:
     parser.add_argument("--deepspeed", choices=("zero2", "zero3"))
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--whole", action="store_true", help="also the parity reference and the registration")
-    parser.add_argument("--bare", action="store_true", help="`swift sft` alone with the same arguments afterwards")
+    parser.add_argument("--bare", action="store_true", help="in turns with `swift sft` alone with the same arguments")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--narrow", action="store_true", help="small dimensions on the CPU: whether the script works")
     parser.add_argument("--out", type=Path, default=Path("train.jsonl"), help="JSON lines, one as soon as it is known")
     arguments = parser.parse_args()
@@ -139,23 +155,16 @@ def main() -> None:
     os.environ["TUNESERVE_PROJECT"] = str(folder)
     (folder / "recipes").mkdir(exist_ok=True)
     for tokens in arguments.tokens:
-        rows = (arguments.steps + UNTIMED_STEPS) * arguments.processes
-        write_rows(folder, base, tokens, arguments.images, rows)
-        recipe = folder / "recipes" / f"{arguments.base}-{tokens}.yaml"
-        recipe.write_text(yaml.safe_dump(recipe_of(arguments, tokens)), "utf-8")
+        write_rows(folder, base, tokens, arguments.images, (arguments.steps + UNTIMED_STEPS) * arguments.processes)
         about = {key: getattr(arguments, key) for key in ("layers", "base", "images", "processes", "deepspeed", "offload")} | {"tokens": tokens}
-        tell(arguments.out, about | {"stage": "planned", "plan": plan(recipe, folder)})
-        command = [sys.executable, "-m", "pipeline.cli", "train"]
-        found = train(recipe, arguments, folder / "peaks" / f"{tokens}", command=command, runs=Project(folder).runs)
-        tell(arguments.out, about | {"stage": "trained"} | with_rate(found, tokens * arguments.processes))
-        if arguments.bare:
-            args = max(Project(folder).runs.glob("*/swift_args.json"), key=lambda path: path.stat().st_mtime)
-            bare = folder / "bare" / f"{tokens}.json"
-            bare.parent.mkdir(exist_ok=True)
-            bare.write_text(json.dumps(json.loads(args.read_text("utf-8")) | {"output_dir": str(bare.with_suffix(""))}), "utf-8")
-            os.environ.update(swift_environment(load_recipe(recipe, FinetuneRecipe), folder / "ranks"))
-            found = train(bare, arguments, folder / "peaks" / f"bare-{tokens}", command=[sys.executable, "-m", "swift.cli.main", "sft"], runs=bare.parent)
-            tell(arguments.out, about | {"stage": "bare swift sft"} | with_rate(found, tokens * arguments.processes))
+        for number, arm in turns(("train", "bare") if arguments.bare else ("train",), arguments.rounds):
+            recipe = folder / "recipes" / f"{arguments.base}-{tokens}-{number}.yaml"
+            recipe.write_text(yaml.safe_dump(recipe_of(arguments, tokens, number)), "utf-8")
+            if (number, arm) == (0, "train"):
+                tell(arguments.out, about | {"stage": "planned", "plan": plan(recipe, folder)})
+            peaks = folder / "peaks" / f"{tokens}-{number}-{arm}"
+            found = train(recipe, arguments, peaks) if arm == "train" else train_bare(recipe, arguments, peaks)
+            tell(arguments.out, about | {"stage": arm, "round": number} | with_rate(found, tokens * arguments.processes))
 
 
 def with_rate(found: dict[str, Any], tokens: int) -> dict[str, Any]:

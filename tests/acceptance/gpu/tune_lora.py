@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import json
 import multiprocessing
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,13 @@ from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 from vllm.lora.ops.triton_ops.utils import get_lora_op_configs
 
+from tests.acceptance.gpu.kernel_timing import microseconds, same
+
 WIDTH, Q, KV, RANK, SLOTS = 4096, 12288, 1024, 16, 8
 SHAPES = {3: (WIDTH, (Q, KV, KV)), 1: (Q, (WIDTH,))}
 """By number of slices (qkv_proj and o_proj): inputs, and outputs of each slice."""
 FEW, MANY = (1, 2, 4, 8, 16, 32, 64), (128, 512, 2048, 8192)
-ADAPTER_SETS, REPLAYS = 8, 7
+ADAPTER_SETS = 8
 FILES = {"shrink": "SHRINK", "expand": "EXPAND_TRUE"}
 """By kernel, how vLLM calls its configurations' file."""
 MOST_DIFFERENCE = {"shrink": 1e-3, "expand": 1e-2}
@@ -91,27 +92,6 @@ def use(config: Config) -> None:
     lora_shrink_op.get_lora_op_configs = lora_expand_op.get_lora_op_configs = lambda *_, **__: config
 
 
-def microseconds(run: Any) -> float:
-    """Of one launch."""
-    run(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for number in range(ADAPTER_SETS):
-            run(number)
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / ADAPTER_SETS / 2)
-    return statistics.median(times)
-
-
 def compile_share(share: tuple[int, int]) -> None:
     """Each candidate once, so that Triton's cache on disk has it."""
     number, workers = share
@@ -123,11 +103,6 @@ def compile_share(share: tuple[int, int]) -> None:
         with contextlib.suppress(OutOfResources):
             run(0)
     torch.cuda.synchronize()
-
-
-def same(op: str, output: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """But for rounding; NaN is not."""
-    return ((output - wanted).float().norm() / wanted.float().norm()).item() <= MOST_DIFFERENCE[op]
 
 
 def timed(bench: Bench, op: str, tokens: int, adapters: int, config: Config, default: Config) -> float:
@@ -142,9 +117,9 @@ def timed(bench: Bench, op: str, tokens: int, adapters: int, config: Config, def
         except OutOfResources:
             return float("inf")
         outputs.append(output.clone())
-    if not same(op, outputs[1], outputs[0]):
+    if not same(outputs[1], outputs[0], MOST_DIFFERENCE[op]):
         raise SystemExit(f"{op} of {tokens} tokens, {adapters} adapters: another output with {config} than with {default}")
-    return microseconds(run)
+    return microseconds(run, ADAPTER_SETS)
 
 
 def choose(bench: Bench, op: str, tokens: int) -> dict[str, Any]:
