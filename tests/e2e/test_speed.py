@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import Quickstart
 from tests.e2e.test_promotion import answering, register_variant
 
@@ -17,7 +19,11 @@ def test_bench_serve_measures_the_base_and_the_adapter(quickstart: Quickstart) -
         (level, arm) for level in (1, 4) for arm in ("base", "one")
     ]
     assert all(each["failed"] == 0 and each["answer_tokens"] == 8 and all(each["values"].values()) for each in said["figures"])
-    assert {each["metric"] for each in said["ratios"]} == set(said["figures"][0]["values"]) and all(0.05 < each["ratio"] < 20 for each in said["ratios"])
+    values = {(each["concurrency"], each["arm"]): each["values"] for each in said["figures"]}
+    assert {each["metric"] for each in said["ratios"]} == set(values[1, "base"])
+    for each in said["ratios"]:
+        level, metric = each["concurrency"], each["metric"]
+        assert each["ratio"] == pytest.approx(values[level, each["arm"]][metric] / values[level, "base"][metric]), each
     assert said["servers"][0]["version"].startswith("0.")
     folder = Path(said["folder"])
     assert folder.parent == quickstart.sandbox.root / ".tuneserve/bench" and {path.name for path in folder.iterdir()} == FILES

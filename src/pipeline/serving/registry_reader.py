@@ -20,6 +20,8 @@ ANSWER_SECONDS = 5.0
 """The longest that one question to MLflow may take, connecting included."""
 FETCH_SECONDS = 1800.0
 """The longest that one version's download may take."""
+KEEP_ALIVE_SECONDS = 2.0
+"""How long a connection may lie idle and be used again: less than the 5 s after which MLflow's server closes it."""
 STALL_SECONDS = 30.0
 """The longest silence during a download."""
 MAX_ADAPTER_BYTES = 8 * 2**30
@@ -64,7 +66,7 @@ class RegistryReader:
             base_url=self.uri,
             auth=credentials(),
             timeout=httpx.Timeout(ANSWER_SECONDS, read=STALL_SECONDS),
-            limits=httpx.Limits(max_connections=8, max_keepalive_connections=4, keepalive_expiry=60.0),
+            limits=httpx.Limits(max_connections=8, max_keepalive_connections=4, keepalive_expiry=KEEP_ALIVE_SECONDS),
             transport=transport,
             follow_redirects=False,  # the credentials are for this server
         )
