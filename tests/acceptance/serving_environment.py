@@ -22,6 +22,7 @@ from pipeline.adapter import read_adapter
 from pipeline.project import Project
 from pipeline.registry import Registry, Version
 from pipeline.services import find_service, free_port
+from pipeline.serving.settings import KEEP_ALIVE_SECONDS
 from pipeline.version import CHAMPION
 from tests.acceptance.load import CHAT, Body
 from tests.e2e.environment import Sandbox
@@ -45,8 +46,7 @@ def wait_until(reached: Callable[[], Value], seconds: float, what: Callable[[], 
 
 
 def connection(url: str) -> httpx.Client:
-    """It lets go of an idle connection before the server does, after 5 s: one that is used at that very moment is reset."""
-    return httpx.Client(base_url=url, timeout=60.0, trust_env=False, limits=httpx.Limits(keepalive_expiry=2.0))
+    return httpx.Client(base_url=url, timeout=60.0, trust_env=False, limits=httpx.Limits(keepalive_expiry=KEEP_ALIVE_SECONDS))
 
 
 def engine_name(version: Version) -> str:

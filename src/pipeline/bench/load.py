@@ -10,12 +10,11 @@ from typing import Any
 import httpx
 
 from pipeline.bench.questions import Question
+from pipeline.serving.settings import KEEP_ALIVE_SECONDS
 
 ANSWER_SECONDS = 300.0
 """Between two parts of an answer, waiting in the server's queue included."""
 CONNECT_SECONDS = 10.0
-KEEP_ALIVE_SECONDS = 2.0
-"""How long a connection may lie idle and be used again: less than the 5 s after which vLLM closes it."""
 TEMPERATURE = 1.0
 """Answers that are drawn, as a shop's are; a greedy one with ignore_eos may end in one token over and over."""
 MAX_ERROR_CHARACTERS = 300

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.errors import ServingError
 from pipeline.reference import Replayed
 from pipeline.serving.hint import new_hint
-from pipeline.serving.settings import SYNC_SECONDS
+from pipeline.serving.settings import KEEP_ALIVE_SECONDS, SYNC_SECONDS
 from pipeline.switch import Disabled
 
 CONNECT_SECONDS = 2.0
@@ -22,8 +22,6 @@ METRICS_SECONDS = 2.0
 """A look at counters is one of many: a replica that is slow to answer is asked again at the next."""
 PARITY_SECONDS = 300.0
 """One prompt, twice through the engine, perhaps behind users' requests."""
-KEEP_ALIVE_SECONDS = 2.0
-"""How long a connection may lie idle and be used again: less than the 5 s after which a server of ours closes it."""
 
 State = Literal["ready", "not-ready", "unreachable", "refuses-us"]
 """refuses-us: something answers there, but not us: it has another token, or it is no replica of ours."""

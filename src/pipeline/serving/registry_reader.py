@@ -11,6 +11,7 @@ import httpx
 
 from pipeline.adapter import ADAPTER_FILES
 from pipeline.errors import RegistryError, VersionRefused
+from pipeline.serving.settings import KEEP_ALIVE_SECONDS
 from pipeline.serving.wanted import RegisteredVersion, Wanted, aliases, registered_version, wanted
 from pipeline.version import CHAMPION
 
@@ -20,8 +21,6 @@ ANSWER_SECONDS = 5.0
 """The longest that one question to MLflow may take, connecting included."""
 FETCH_SECONDS = 1800.0
 """The longest that one version's download may take."""
-KEEP_ALIVE_SECONDS = 2.0
-"""How long a connection may lie idle and be used again: less than the 5 s after which MLflow's server closes it."""
 STALL_SECONDS = 30.0
 """The longest silence during a download."""
 MAX_ADAPTER_BYTES = 8 * 2**30

@@ -9,6 +9,8 @@ from pipeline.serving.routing import DisabledAnswers
 SETTINGS_VARIABLE = "TUNESERVE_FOLLOWER"
 SYNC_SECONDS = 10.0
 """How long POST /adapters/sync may hold its answer back for the sync that it asked for."""
+KEEP_ALIVE_SECONDS = 2.0
+"""How long a connection of ours may lie idle and be used again: less than the 5 s after which uvicorn, which MLflow and vLLM are served by, closes it."""
 
 
 class SamplingSettings(BaseModel):
