@@ -1,7 +1,7 @@
 """What a vLLM server takes of each GPU, in bytes by item, and what is left for the KV cache, from a model's dimensions and a serving recipe alone.
 
 Weights, adapter slots and the KV cache are arithmetic on shapes (vLLM 0.32's layers) and agree with what was measured (vLLM 0.26, H200) within 1 %. What else vLLM takes is fitted,
-one constant for one GPU and one for several, on the only two runs whose KV cache is known: they say nothing about other models or GPUs, hence RUNTIME_UNCERTAINTY_BYTES.
+one constant for one GPU and one for several, on one run each, of this model on H200s: they say nothing about other models or GPUs, hence RUNTIME_UNCERTAINTY_BYTES.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ RUNTIME_BYTES = int(1.26 * GIB)
 """CUDA, libraries, the vision tower's activations, workspaces. Fitted: what one H200 with FP8 weights had left for the KV cache (24.3 GiB = 138,640 tokens) at vLLM's
 default share of 0.92; the log names no share, and with 0.91 this would be negative."""
 PARALLEL_BYTES = int(0.44 * GIB)
-"""What more each of several GPUs takes: NCCL, all-reduce buffers. Fitted: what two H200 with bf16 weights had left at a share of 0.92 (25.26 GiB = 287,856 tokens); an older
-run agrees within 1 % if its share, which its log does not name, was 0.9."""
+"""What more each of several GPUs takes than RUNTIME_BYTES, of which some is shared out. Fitted: what two H200 with bf16 weights had left at a share of 0.92 (25.26 GiB = 287,856
+tokens), without expert parallelism, whose groups take more (NCCL 0.83 GiB a group, measured)."""
 RUNTIME_UNCERTAINTY_BYTES = 3 * GIB
 """How far the two fitted constants may be off on other GPUs and models."""
 

@@ -2,7 +2,7 @@
 
 `python tests/acceptance/gpu/tune_moe.py FOLDER` writes what vLLM reads from $VLLM_TUNED_CONFIG_FOLDER, `E=128,N=1408,device_name=...json`, anew after each number of tokens;
 it prints a line for each with the microseconds a layer of vLLM's default and of the choice. Both matrix products of an expert take the same configuration; routing is even, weights and
-inputs are random; the output must equal the default's but for rounding. `--of` names the layout: FP8 on one GPU, bf16 over two, FP8 over four. Stops choosing after --seconds.
+inputs are random; the output must equal the default's but for rounding. FP8 per tensor, whole experts on one GPU. Stops choosing after --seconds.
 """
 
 import argparse
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 from vllm.model_executor.layers.fused_moe import fused_experts, override_config
-from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, fp8_w8a8_moe_quant_config
+from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name, get_default_config
 
 from tests.acceptance.gpu.kernel_timing import microseconds, same
 
 WIDTH, EXPERTS, CHOSEN, INNER = 4096, 128, 8, 1408
-LAYOUTS = {"fp8": (True, 1), "bf16-tp2": (False, 2), "fp8-tp4": (True, 4)}
-"""By name: FP8 per tensor or bf16, and over how many GPUs each expert is split."""
+DTYPE = "fp8_w8a8"
+"""As vLLM calls it."""
 LAYERS = 3
-"""Sets of weights: 2.2 GB each in FP8."""
+"""Sets of weights: 2.2 GB each."""
 TOKENS = (1024, 16, 64, 512, 1, 256, 4, 128, 32, 768, 384, 8, 96, 2, 48, 24, 192, 2048, 8192, 4096)
 """In the order in which they are chosen; vLLM takes the nearest that there is."""
 NAIVE = 4
@@ -58,23 +58,18 @@ def candidates(tokens: int) -> list[Config]:
 class Experts:
     """Some layers' routed experts as one GPU has them."""
 
-    def __init__(self, layout: str, layers: int = LAYERS) -> None:
+    def __init__(self, layers: int = LAYERS) -> None:
         torch.manual_seed(1)
         self.layers = layers
-        self.fp8, parts = LAYOUTS[layout]
-        self.inner = INNER // parts
-        self.up = [self.weights(2 * self.inner, WIDTH) for _ in range(layers)]
-        self.down = [self.weights(WIDTH, self.inner) for _ in range(layers)]
-        self.dtype = "fp8_w8a8" if self.fp8 else None
-        self.quantized = FUSED_MOE_UNQUANTIZED_CONFIG
-        if self.fp8:
-            scales = torch.full((EXPERTS,), 0.02, device="cuda")
-            self.quantized = fp8_w8a8_moe_quant_config(scales, scales)
+        self.up = [self.weights(2 * INNER, WIDTH) for _ in range(layers)]
+        self.down = [self.weights(WIDTH, INNER) for _ in range(layers)]
+        scales = torch.full((EXPERTS,), 0.02, device="cuda")
+        self.quantized = fp8_w8a8_moe_quant_config(scales, scales)
 
     def weights(self, outputs: int, inputs: int) -> torch.Tensor:
-        made = torch.empty(EXPERTS, outputs, inputs, device="cuda", dtype=torch.float8_e4m3fn if self.fp8 else torch.bfloat16)
+        made = torch.empty(EXPERTS, outputs, inputs, device="cuda", dtype=torch.float8_e4m3fn)
         for expert in made:
-            expert.copy_(torch.randn(outputs, inputs, device="cuda") * (1.0 if self.fp8 else 0.02))
+            expert.copy_(torch.randn(outputs, inputs, device="cuda"))
         return made
 
     def launch(self, tokens: int) -> Any:
@@ -83,14 +78,11 @@ class Experts:
         shares = torch.full((tokens, CHOSEN), 1 / CHOSEN, device="cuda")
         return lambda number: fused_experts(states, self.up[number], self.down[number], shares, chosen[number], quant_config=self.quantized)
 
-    def default(self, tokens: int) -> Config:
-        return dict(get_default_config(tokens, EXPERTS, self.inner, WIDTH, CHOSEN, self.dtype))
 
-
-def compile_share(share: tuple[str, int, int]) -> None:
+def compile_share(share: tuple[int, int]) -> None:
     """Each candidate once for each way in which it is compiled, so that Triton's cache on disk has it."""
-    layout, number, workers = share
-    experts = Experts(layout, layers=1)
+    number, workers = share
+    experts = Experts(layers=1)
     points = {(1 if tokens == 1 else NAIVE if tokens <= NAIVE else 1024, json.dumps(config)) for tokens in TOKENS for config in candidates(tokens)}
     for tokens, config in sorted(points)[number::workers]:
         with override_config(json.loads(config)), contextlib.suppress(OutOfResources):
@@ -113,7 +105,7 @@ def timed(experts: Experts, tokens: int, config: Config, wanted: torch.Tensor, r
 
 def choose(experts: Experts, tokens: int) -> dict[str, Any]:
     """The fastest; another than the default must gain two hundredths."""
-    default, run = experts.default(tokens), experts.launch(tokens)
+    default, run = dict(get_default_config(tokens, EXPERTS, INNER, WIDTH, CHOSEN, DTYPE)), experts.launch(tokens)
     with override_config(default):
         wanted = run(0).clone()
     times = [(config, timed(experts, tokens, config, wanted, run)) for config in (default, *candidates(tokens))]
@@ -125,18 +117,17 @@ def choose(experts: Experts, tokens: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--of", choices=sorted(LAYOUTS), default="fp8")
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--workers", type=int, default=28)
     arguments = parser.parse_args()
     began = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-        pool.map(compile_share, [(arguments.of, number, arguments.workers) for number in range(arguments.workers)])
+        pool.map(compile_share, [(number, arguments.workers) for number in range(arguments.workers)])
     print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    experts = Experts(arguments.of)
+    experts = Experts()
     found: dict[int, Config] = {}
-    path = arguments.folder / get_config_file_name(EXPERTS, experts.inner, experts.dtype)
+    path = arguments.folder / get_config_file_name(EXPERTS, INNER, DTYPE)
     for tokens in TOKENS:
         if time.monotonic() - began > arguments.seconds:
             break
