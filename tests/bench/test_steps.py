@@ -43,6 +43,17 @@ def test_a_ratio_is_of_tokens_per_second_and_holds_steps_against_steps() -> None
     assert bare.ratio is None and bare.tokens_per_second == pytest.approx(4096.0 / bare.step_p50_seconds)
 
 
+def test_what_drifts_from_round_to_round_is_in_both_arms_and_not_in_the_interval() -> None:
+    train, _ = arm_figures(trainings(train=(2.0, 2.0), bare=(1.8, 1.8)), "bare", None)
+    assert (train.ratio, train.low, train.high) == pytest.approx((0.9, 0.9, 0.9))
+
+
+def test_a_round_that_has_one_arm_alone_does_not_count_in_the_ratio() -> None:
+    whole = trainings(train=(2.0, 2.0), bare=(1.0, 1.0))
+    train, bare = arm_figures([*whole[:3], dataclasses.replace(whole[3], step_seconds=())], "bare", None)
+    assert (train.rounds, bare.rounds) == (2, 1) and (train.ratio, train.low) == (0.5, None)
+
+
 def test_one_round_has_no_interval_and_an_arm_without_steps_no_figures() -> None:
     once = [each for each in trainings(train=(2.0,), bare=(1.0,)) if each.round == 0]
     train, _ = arm_figures(once, "bare", None)

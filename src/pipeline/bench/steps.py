@@ -26,7 +26,8 @@ class Training:
 class ArmFigures:
     """All rounds of an arm together. `tokens_per_second`: by the median step and the mean row; None where rows say nothing of a step's tokens.
 
-    `ratio`: tokens/s of this arm divided by that of the arm it is held against, by median steps, between `low` and `high` with CONFIDENCE; None for that arm itself.
+    `ratio`: tokens/s of this arm divided by that of the arm it is held against, by median steps of the rounds that have both, between `low` and `high` with CONFIDENCE; None
+    for that arm itself.
     """
 
     arm: str
@@ -73,19 +74,25 @@ def _figures(ours: Sequence[Training], theirs: Sequence[Training], tokens: float
     typical = statistics.median(steps)
     memory = max((each.memory_gib for each in ours if each.memory_gib is not None), default=None)
     found = (ours[0].arm, len(ours), len(steps), typical, float(np.percentile(steps, 95)), tokens / typical if tokens else None, memory)
-    if not theirs:
+    by_round = {each.round: each for each in theirs}
+    pairs = [(each, by_round[each.round]) for each in ours if each.round in by_round]
+    if not pairs:
         return ArmFigures(*found)
-    ratio = statistics.median(second for each in theirs for second in each.step_seconds) / typical
-    if min(len(ours), len(theirs)) < 2:
+    ratio = _median(other for _, other in pairs) / _median(one for one, _ in pairs)
+    if len(pairs) < 2:
         return ArmFigures(*found, ratio)
     dice = np.random.default_rng(SEED)
-    drawn = [_drawn(theirs, dice) / _drawn(ours, dice) for _ in range(RESAMPLES)]
+    rounds = dice.integers(len(pairs), size=(RESAMPLES, len(pairs)))  # the same ones for both arms: what drifts from round to round is in both
+    drawn = [_drawn([pairs[index][1] for index in chosen], dice) / _drawn([pairs[index][0] for index in chosen], dice) for chosen in rounds]
     tail = (1 - CONFIDENCE) / 2 * 100
     return ArmFigures(*found, ratio, *(float(end) for end in np.percentile(drawn, (tail, 100 - tail))))
 
 
 def _drawn(trainings: Sequence[Training], dice: Any) -> float:
-    """The median step of trainings drawn with replacement, and of each of them its steps (Efron and Tibshirani 1993, chapter 8)."""
-    chosen: Iterable[Training] = (trainings[index] for index in dice.integers(len(trainings), size=len(trainings)))
-    steps = [each.step_seconds[index] for each in chosen for index in dice.integers(len(each.step_seconds), size=len(each.step_seconds))]
+    """The median of these trainings' steps, each one's drawn anew with replacement from its own (Efron and Tibshirani 1993, chapter 8)."""
+    steps = [each.step_seconds[index] for each in trainings for index in dice.integers(len(each.step_seconds), size=len(each.step_seconds))]
     return float(statistics.median(steps))
+
+
+def _median(trainings: Iterable[Training]) -> float:
+    return statistics.median(second for each in trainings for second in each.step_seconds)

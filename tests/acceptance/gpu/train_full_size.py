@@ -14,13 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 from PIL import Image
 
-from pipeline.bench.steps import logged_steps, step_seconds
+from pipeline.bench.steps import Training, arm_figures, logged_steps, step_seconds
 from pipeline.bench.training import UNTIMED_STEPS, logged_one_by_one, turns
 from pipeline.project import Project
 from pipeline.prompt import Task, read_counter
@@ -157,6 +158,7 @@ def main() -> None:
     for tokens in arguments.tokens:
         write_rows(folder, base, tokens, arguments.images, (arguments.steps + UNTIMED_STEPS) * arguments.processes)
         about = {key: getattr(arguments, key) for key in ("layers", "base", "images", "processes", "deepspeed", "offload")} | {"tokens": tokens}
+        trained: list[Training] = []
         for number, arm in turns(("train", "bare") if arguments.bare else ("train",), arguments.rounds):
             recipe = folder / "recipes" / f"{arguments.base}-{tokens}-{number}.yaml"
             recipe.write_text(yaml.safe_dump(recipe_of(arguments, tokens, number)), "utf-8")
@@ -165,6 +167,10 @@ def main() -> None:
             peaks = folder / "peaks" / f"{tokens}-{number}-{arm}"
             found = train(recipe, arguments, peaks) if arm == "train" else train_bare(recipe, arguments, peaks)
             tell(arguments.out, about | {"stage": arm, "round": number} | with_rate(found, tokens * arguments.processes))
+            trained.append(Training(arm, number, tuple(found["step_seconds"][UNTIMED_STEPS:]), found.get("memory_gib"), found["seconds"]))
+        if arguments.bare:
+            compared = arm_figures(trained, "bare", tokens * arguments.processes)
+            tell(arguments.out, about | {"stage": "compared", "arms": [asdict(each) for each in compared]})
 
 
 def with_rate(found: dict[str, Any], tokens: int) -> dict[str, Any]:
