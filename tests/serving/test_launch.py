@@ -24,7 +24,8 @@ def option(args: list[str], name: str) -> str:
 
 FIXED = f"--chat-template {TEMPLATE_FILE} --chat-template-content-format openai"
 ANSWERS = "1 2 4 8 16 24 32 40 48 56 64"
-PROMPTS = "192 256 320 384 448 512 576 640 704 768 832 896 960 1024"
+PROMPTS_512 = "192 256 320 384 448 512"
+PROMPTS = f"{PROMPTS_512} 576 640 704 768 832 896 960 1024"
 PICTURES = """--compilation-config
     {"cudagraph_mm_encoder":true,"encoder_cudagraph_token_budgets":[256,512,1024],"encoder_cudagraph_max_vision_items_per_batch":4}"""
 GOLDEN = {
@@ -34,10 +35,10 @@ GOLDEN = {
         --enable-lora --max-lora-rank 16 --max-loras 4 --max-cpu-loras 16 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
         --shutdown-timeout 3 --enforce-eager""",
     "glm-4.5v-h200-fp8": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16 --quantization fp8_per_tensor
-        --tensor-parallel-size 1 --max-model-len 16384 --enable-chunked-prefill --max-num-batched-tokens 1024 --max-num-seqs 64 --enable-prefix-caching
+        --tensor-parallel-size 1 --max-model-len 16384 --enable-chunked-prefill --max-num-batched-tokens 512 --max-num-seqs 64 --enable-prefix-caching
         --limit-mm-per-prompt {{"image":4,"video":0}} --mm-processor-cache-gb 8.0 {FIXED} --allowed-media-domains none.invalid
         --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
-        --shutdown-timeout 3 --gpu-memory-utilization 0.92 --cudagraph-capture-sizes {ANSWERS} 128 {PROMPTS} {PICTURES}""",
+        --shutdown-timeout 3 --gpu-memory-utilization 0.92 --cudagraph-capture-sizes {ANSWERS} 128 {PROMPTS_512} {PICTURES}""",
     "glm-4.5v-4xh100": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16
         --tensor-parallel-size 4 --enable-expert-parallel --mm-encoder-tp-mode data
         --max-model-len 32768 --enable-chunked-prefill --max-num-batched-tokens 8192 --max-num-seqs 128 --enable-prefix-caching
@@ -49,6 +50,8 @@ GOLDEN["glm-4.5v-2xh200"] = (
     GOLDEN["glm-4.5v-h200-fp8"]
     .replace("--quantization fp8_per_tensor", "")
     .replace("--tensor-parallel-size 1 --max-model-len 16384", "--tensor-parallel-size 2 --max-model-len 32768")
+    .replace("--max-num-batched-tokens 512", "--max-num-batched-tokens 1024")
+    .replace(PROMPTS_512, PROMPTS)
 )
 GOLDEN["production"] = GOLDEN["glm-4.5v-h200-fp8"].replace("127.0.0.1", "0.0.0.0").replace("--shutdown-timeout 3", "--shutdown-timeout 60")  # noqa: S104
 
@@ -105,6 +108,28 @@ def test_tuned_kernels_are_for_the_shapes_that_they_were_tuned_for(
     assert serve_environment(changed, Path("s")).get("VLLM_TUNED_CONFIG_FOLDER") == (str(LORA_KERNELS) if tuned else None)
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", "/theirs")
     assert "VLLM_TUNED_CONFIG_FOLDER" not in serve_environment(changed, Path("s"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lora", "fused"),
+    [
+        ({}, {}, False),
+        ({"device": "cuda"}, {}, True),
+        ({"device": "cuda"}, {"fused_kernel": False}, False),
+        ({"device": "cuda", "tensor_parallel_size": 2}, {}, True),
+        ({"device": "cuda", "tensor_parallel_size": 4}, {}, False),
+        ({"device": "cuda", "tensor_parallel_size": 4}, {"fused_kernel": True}, True),
+        ({"device": "cuda"}, {"max_rank": 64}, False),
+        ({"device": "cuda", "precision": "float32"}, {}, False),
+    ],
+)
+def test_our_kernel_applies_adapters_where_it_was_measured_or_asked_for(
+    recipe: dict[str, object], lora: dict[str, object], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "tuneserve_gpu_lora,theirs")
+    changed = EMBEDDED.model_copy(update=recipe | {"lora": EMBEDDED.lora.model_copy(update={"max_rank": 16, **lora})})
+    plugins = serve_environment(changed, Path("s"))["VLLM_PLUGINS"].split(",")
+    assert ("tuneserve_gpu_lora" in plugins) == fused and plugins[-1] == "theirs" and len(set(plugins)) == len(plugins)
 
 
 def test_the_users_own_plugins_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
-"""What we use of vLLM beyond its documented interfaces. If one of these fails after an upgrade, read plugin.py, cpu_moe.py and cpu_lora.py before anything is served."""
+"""What we use of vLLM beyond its documented interfaces. If one of these fails after an upgrade, read plugin.py, cpu_moe.py, cpu_lora.py and gpu_lora.py before anything is served."""
 
 import asyncio
 import hashlib
 import inspect
 import json
 import queue
+import subprocess
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -53,9 +55,11 @@ from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidation
 from vllm.logprobs import Logprob  # noqa: E402
 from vllm.lora.model_manager import LoRAModelManager  # noqa: E402
 from vllm.lora.ops.torch_ops import lora_ops  # noqa: E402
+from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op  # noqa: E402
 from vllm.lora.ops.triton_ops import utils as triton_utils  # noqa: E402
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta  # noqa: E402
 from vllm.lora.punica_wrapper import punica_cpu  # noqa: E402
+from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.lora.utils import get_captured_lora_counts  # noqa: E402
 from vllm.lora.worker_manager import WorkerLoRAManager  # noqa: E402
@@ -247,6 +251,31 @@ def test_vllm_takes_our_tuned_lora_kernels(gpu, monkeypatch):
                 assert triton_utils.get_lora_op_configs(op, 9, int(tokens), hidden // 2, 16, slices, add_inputs=inputs) == config, "over two GPUs"
                 assert list(of_shape) == (["16"] if outputs else [str(wide)]) and list(of_k) == ([str(hidden)] if outputs else ["16"])
                 assert config["block_k"] * config.get("split_k", 1) <= 16384 and 16 % config["block_n"] == 0 if op == "shrink" else config["block_k"] == 16
+
+
+def test_our_kernel_takes_the_place_of_vllms():
+    """vLLM's GPU wrapper and what it says of each token's adapter are the real ones; the kernel is interpreted."""
+    run = subprocess.run([sys.executable, "-m", "tests.serving.interpreted_lora", "--vllm"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    cases = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert len(cases) > 3 and [case for case in cases if case["far"] > 1e-5] == []
+
+
+def test_what_our_kernel_does_not_take_goes_to_vllms_two_operators():
+    meta = [
+        "token_lora_mapping",
+        "token_indices_sorted_by_lora_ids",
+        "num_tokens_per_lora",
+        "lora_token_start_loc",
+        "lora_ids",
+        "no_lora_flag_cpu",
+        "num_active_loras",
+    ]
+    assert list(inspect.signature(lora_shrink_op._lora_shrink).parameters) == ["inputs", "lora_a_weights", "output_tensor", *meta, "scaling"]
+    assert list(inspect.signature(lora_expand_op._lora_expand).parameters) == ["inputs", "lora_b_weights", "output_tensor", *meta, "offset_start", "add_inputs"]
+    ours = ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs"]
+    assert list(inspect.signature(PunicaWrapperGPU.add_lora_linear).parameters) == ours
+    assert "VLLM_PLUGINS" in envs.compile_factors(), "a cached graph without our operator is not taken for one with it"
 
 
 def test_recipes_offer_vllms_ways_to_quantize_while_loading():

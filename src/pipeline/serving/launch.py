@@ -19,6 +19,7 @@ from pipeline.serving_memory import graph_sizes
 
 SERVICE_PREFIX = "vllm-"
 PLUGINS = ("tuneserve_cpu_moe", "tuneserve_cpu_lora", "tuneserve")
+FUSED_KERNEL_PLUGIN = "tuneserve_gpu_lora"
 FORBIDDEN = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens endpoints that let any client load any folder",
     "VLLM_SKIP_MODEL_NAME_VALIDATION": "answers unknown names from the base model",
@@ -80,8 +81,9 @@ def _graph_args(recipe: ServingRecipe) -> list[str]:
 
 def serve_environment(recipe: ServingRecipe, settings: Path) -> dict[str, str]:
     """What vLLM and our plugin read from the environment for a recipe; pure but for the user's own VLLM_PLUGINS and VLLM_TUNED_CONFIG_FOLDER, which are kept."""
-    own = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name and name not in PLUGINS]
-    environment = {"VLLM_PLUGINS": ",".join([*PLUGINS, *own]), "HF_HUB_OFFLINE": "1", SETTINGS_VARIABLE: str(settings)}
+    plugins = [*PLUGINS, FUSED_KERNEL_PLUGIN] if _fuses(recipe) else [*PLUGINS]
+    own = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name and name not in (*PLUGINS, FUSED_KERNEL_PLUGIN)]
+    environment = {"VLLM_PLUGINS": ",".join([*plugins, *own]), "HF_HUB_OFFLINE": "1", SETTINGS_VARIABLE: str(settings)}
     environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"  # an allowed domain must not lead to one that is not
     if recipe.device == "cpu":
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -89,6 +91,13 @@ def serve_environment(recipe: ServingRecipe, settings: Path) -> dict[str, str]:
     elif "VLLM_TUNED_CONFIG_FOLDER" not in os.environ and _as_tuned(recipe):
         environment["VLLM_TUNED_CONFIG_FOLDER"] = str(LORA_KERNELS)
     return environment
+
+
+def _fuses(recipe: ServingRecipe) -> bool:
+    """Whether adapters go through our kernel (gpu_lora.py): as the recipe says, or where it was measured, which is for the shapes that vLLM's were tuned for."""
+    if recipe.device == "cpu" or recipe.lora.fused_kernel is not None:
+        return bool(recipe.lora.fused_kernel)
+    return recipe.precision == "bfloat16" and _as_tuned(recipe)
 
 
 def _as_tuned(recipe: ServingRecipe) -> bool:

@@ -60,9 +60,13 @@ def weights(outputs: int, inputs: int) -> torch.Tensor:
 class Bench:
     """The kernels of one module: its layers' weights, and what is put through them."""
 
-    def __init__(self, slices: int) -> None:
+    def __init__(self, slices: int, gpus: int = 1) -> None:
         torch.manual_seed(slices)
         self.slices, (self.inputs, self.outputs) = slices, SHAPES[slices]
+        if slices == 1:
+            self.inputs //= gpus
+        else:
+            self.outputs = tuple(width // gpus for width in self.outputs)
         self.a = [[weights(RANK, self.inputs) for _ in self.outputs] for _ in range(ADAPTER_SETS)]
         self.b = [[weights(width, RANK) for width in self.outputs] for _ in range(ADAPTER_SETS)]
 
