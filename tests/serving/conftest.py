@@ -47,6 +47,9 @@ class FakeEngine:
         self.unmapped: tuple[str, ...] = ()
         self.leaks = 0.0
         """How much each loaded adapter moves the base's answers."""
+        self.slots = 100
+        """Of what is loaded, the last so many are in slots."""
+        self.asked: list[ServedAdapter | None] = []
 
     async def load(self, adapter: ServedAdapter) -> None:
         self.loads.append(adapter)
@@ -63,9 +66,10 @@ class FakeEngine:
         return set(self.weights)
 
     async def mapping(self, lora_id: int) -> ModuleMapping:
-        return ModuleMapping(4 - len(self.unmapped), self.unmapped)
+        return ModuleMapping(4 - len(self.unmapped), self.unmapped, frozenset([*self.weights][-self.slots :]))
 
     async def fingerprint(self, adapter: ServedAdapter | None) -> Fingerprint:
+        self.asked.append(adapter)
         if adapter is None:
             return (-1.0, -2.0 + self.leaks * len(self.weights))
         assert adapter.lora_id in self.weights

@@ -391,6 +391,21 @@ def test_a_version_that_disturbs_others_is_taken_out_again(world, engine):
     run(scenario())
 
 
+def test_only_what_is_in_slots_is_asked_again(world, engine):
+    """More adapters than slots: asking them all would move weights in and out between users' steps."""
+    engine.slots = 2
+
+    async def scenario():
+        follower = world.replica(engine)
+        for version in "123":
+            world.promote(version)
+            await follower.sync(20.0)
+        assert status(follower)["live"]["version"] == "3"
+        return [adapter.version if adapter else None for adapter in engine.asked]
+
+    assert run(scenario()) == [None, "1", None, "2", None, "1", "3", None, "2"]
+
+
 def test_two_models_with_the_same_adapter_share_its_weights(world, engine):
     async def scenario():
         follower = world.replica(engine, models=("catalog", "copy"), forget_after_seconds=0.0)

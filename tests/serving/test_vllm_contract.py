@@ -783,11 +783,12 @@ def test_what_the_worker_report_reads_is_there():
     assert "self.lora_manager = LRUCacheWorkerLoRAManager(" in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
     assert "self._adapter_manager" in inspect.getsource(WorkerLoRAManager.create_lora_manager)
     source = inspect.getsource(LoRAModelManager)
-    for part in ("self._registered_adapters[lora.id] = lora", "self.modules: dict[str, BaseLayerWithLoRA]", "lora_model.loras.pop(module, None)"):
+    kept = ("self._registered_adapters[lora.id] = lora", "self.modules: dict[str, BaseLayerWithLoRA]", "self.lora_index_to_id[index] = lora_model.id")
+    for part in (*kept, "lora_model.loras.pop(module, None)"):
         assert part in source
-    manager = SimpleNamespace(_registered_adapters={7: SimpleNamespace(loras={"a": 1, "b": 2})}, modules={"a": 0, "c": 0})
+    manager = SimpleNamespace(_registered_adapters={7: SimpleNamespace(loras={"a": 1, "b": 2})}, modules={"a": 0, "c": 0}, lora_index_to_id=[None, 7, 3])
     worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager)))
-    assert worker_report.AdapterReport.tuneserve_adapter_mapping(worker, 7) == (1, ["b"])
+    assert worker_report.AdapterReport.tuneserve_adapter_mapping(worker, 7) == (1, ["b"], [7, 3])
 
 
 def test_vllms_own_adapter_gauge_is_the_one_that_we_clear():

@@ -45,6 +45,8 @@ class Mapping:
 
     modules: int
     unmapped: tuple[str, ...]
+    in_slots: frozenset[int] = frozenset()
+    """The numbers of the adapters that can be asked without another being moved out: a batch has so many slots, and the weights of more adapters wait in the host's memory."""
 
 
 Fingerprint = tuple[float, ...]

@@ -190,7 +190,9 @@ class Residents:
         try:
             await self._engine.load(adapter)
             mapping = await self._engine.mapping(adapter.lora_id)
-            named = [other for other in self._held.values() if other.idle_since is None]  # nobody asks the others any more
+            # Nobody asks those that are idle. Those that are in no slot are written into one anew when they are asked, which another adapter's loading cannot disturb; to ask them all here
+            # would have the engine move weights between a step and the next, several times over, while users wait.
+            named = [other for other in self._held.values() if other.idle_since is None and lora_id(other.digest) in mapping.in_slots]
             asked = [adapter, None, *(other.adapter(other.source.name, other.source.version) for other in named)]
             fingerprint, base_now, *theirs = await self._fingerprints(asked)
             others = {other.source.label: (other.fingerprint, now) for other, now in zip(named, theirs, strict=True)}

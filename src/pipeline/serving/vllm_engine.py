@@ -48,8 +48,8 @@ class VllmEngine:
 
     async def mapping(self, lora_id: int) -> Mapping:
         per_worker = await self._client.collective_rpc("tuneserve_adapter_mapping", args=(lora_id,))
-        modules = max(modules for modules, _ in per_worker)
-        return Mapping(modules, tuple(sorted(set.intersection(*(set(unmapped) for _, unmapped in per_worker)))))
+        modules, unmapped, in_slots = zip(*per_worker, strict=True)
+        return Mapping(max(modules), tuple(sorted(set.intersection(*map(set, unmapped)))), frozenset(set.intersection(*map(set, in_slots))))
 
     async def fingerprint(self, adapter: ServedAdapter | None) -> Fingerprint:
         if self._prompt is None:
