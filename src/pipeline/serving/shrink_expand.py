@@ -160,12 +160,16 @@ def _shrink_expand(
     if ONE_TOKEN:
         slot = tl.load(lora_ids)
         if slot < 0:
+            if launch_pdl:
+                tl.extra.cuda.gdc_wait()  # or the kernel after this one might begin before the one before it has ended
             return
         real = row < 1
         token = row
     else:
         slot, begin, left = _tile_of(tile, lora_ids, lora_tokens, lora_starts, GROUPS, PADDED, ROWS)
         if left <= 0:
+            if launch_pdl:
+                tl.extra.cuda.gdc_wait()
             return
         real = row < left
         token = tl.load(tokens + begin + row, real, 0)
