@@ -55,24 +55,8 @@ def install() -> None:
         lora_shrink_op._lora_shrink(x, a, shrunk, *meta, 1.0)
         lora_expand_op._lora_expand(shrunk, b, y, *meta, add_inputs=onto)
 
-    def nothing(
-        y: Tensor,
-        x: Tensor,
-        a: list[Tensor],
-        b: list[Tensor],
-        token_slots: Tensor,
-        tokens: Tensor,
-        lora_tokens: Tensor,
-        lora_starts: Tensor,
-        lora_ids: Tensor,
-        no_lora: Tensor,
-        active_loras: Tensor,
-        onto: bool,
-    ) -> None:
-        return
-
     if not hasattr(torch.ops.vllm, OPERATOR):
-        direct_register_custom_op(op_name=OPERATOR, op_func=lora_linear, mutates_args=["y"], fake_impl=nothing)
+        direct_register_custom_op(op_name=OPERATOR, op_func=lora_linear, mutates_args=["y"], fake_impl=lambda *_, **__: None)
     operator = getattr(torch.ops.vllm, OPERATOR)
     original = getattr(PunicaWrapperGPU.add_lora_linear, "__wrapped__", PunicaWrapperGPU.add_lora_linear)
 
