@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -67,6 +68,15 @@ def test_a_worker_that_dies_is_an_error_not_a_wait(deeds: str) -> None:
     with pytest.raises(TuneserveError, match="a worker process died"), workers() as hired:
         list(hired.map(__import__(deeds).die, range(MANY)))
     assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_dies_while_another_is_started_is_that_error_too(deeds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object) -> None:
+        raise OSError("handle is closed")
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", closed)
+    with pytest.raises(TuneserveError, match="a worker process died"), workers() as hired:
+        list(hired.map(__import__(deeds).double, range(MANY)))
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])

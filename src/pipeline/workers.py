@@ -44,7 +44,7 @@ class Workers:
         under_way: deque[Future[list[R]]] = deque()
         try:
             for chunk in chunks:
-                under_way.append(self._pool.submit(function, chunk))
+                under_way.append(_submitted(self._pool, function, chunk))
                 if len(under_way) > 2 * self._count:
                     yield from under_way.popleft().result()
             while under_way:
@@ -59,6 +59,14 @@ class Workers:
                 for child in set(multiprocessing.active_children()) - self._others:
                     child.kill()
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, function: Callable[[Sequence[T]], list[R]], chunk: Sequence[T]) -> Future[list[R]]:
+    """Raises BrokenProcessPool if a worker has died; also if it does so, and the pool's pipes are closed, at the very moment when another is started for this chunk."""
+    try:
+        return pool.submit(function, chunk)
+    except OSError as error:
+        raise BrokenProcessPool(str(error)) from error
 
 
 def _begin() -> None:
