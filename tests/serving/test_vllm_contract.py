@@ -122,7 +122,7 @@ class FakeClient:
 
     async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
         assert method in dir(worker_report.AdapterReport)
-        return [(4, [])]
+        return [(4, [], [request.lora_int_id for request in self.added])]
 
     async def generate(self, prompt, sampling_params, request_id, *, lora_request=None, **kwargs):
         tokens = prompt["prompt_token_ids"]
