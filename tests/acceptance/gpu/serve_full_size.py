@@ -25,7 +25,7 @@ from tests.acceptance.gpu.full_size_base import know_digests, write
 RANK = 16
 SPREAD = {"lora_A": 0.009, "lora_B": 0.004}
 """Standard deviation of an adapter's weights: A as PEFT begins it for 4096 inputs (1 / sqrt(3 * 4096)), B as a few hundred steps might leave it: a projection changes by about 1.5 %. Of STRONG, 16 %: eight such adapters
-in one batch choose more different experts than eight requests of one do, which costs more than the adapters."""
+in one batch cost more, most likely as they choose more different experts than eight requests of one do."""
 STRONG = {"lora_A": 0.02, "lora_B": 0.02}
 SHIPPED = Path("recipes/serving/glm-4.5v-h200-fp8.yaml")
 READY_SECONDS = 500.0
