@@ -1,4 +1,4 @@
-"""What we use of vLLM beyond its documented interfaces. If one of these fails after an upgrade, read plugin.py, cpu_moe.py, cpu_lora.py, gpu_lora.py and lora_indices.py before anything is served."""
+"""What we use of vLLM beyond its documented interfaces. If one of these fails after an upgrade, read plugin.py, cpu_moe.py, cpu_lora.py and gpu_lora.py before anything is served."""
 
 import asyncio
 import hashlib
@@ -53,13 +53,12 @@ from vllm.entrypoints.serve.engine.serving import BaseServing  # noqa: E402
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response  # noqa: E402
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError  # noqa: E402
 from vllm.logprobs import Logprob  # noqa: E402
-from vllm.lora.layers.utils import LoRAMapping  # noqa: E402
 from vllm.lora.model_manager import LoRAModelManager  # noqa: E402
 from vllm.lora.ops.torch_ops import lora_ops  # noqa: E402
 from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op  # noqa: E402
 from vllm.lora.ops.triton_ops import utils as triton_utils  # noqa: E402
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta  # noqa: E402
-from vllm.lora.punica_wrapper import punica_cpu, punica_gpu  # noqa: E402
+from vllm.lora.punica_wrapper import punica_cpu  # noqa: E402
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.lora.utils import get_captured_lora_counts  # noqa: E402
@@ -83,7 +82,7 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin  # noqa:
 from pipeline.errors import ServingError  # noqa: E402
 from pipeline.recipe import ServingRecipe, load_recipe  # noqa: E402
 from pipeline.sample import read_samples  # noqa: E402
-from pipeline.serving import cpu_lora, cpu_moe, hooks, lora_indices, plugin, worker_report  # noqa: E402
+from pipeline.serving import cpu_lora, cpu_moe, hooks, plugin, worker_report  # noqa: E402
 from pipeline.serving.engine import ServedAdapter  # noqa: E402
 from pipeline.serving.hint import new_hint  # noqa: E402
 from pipeline.serving.launch import LORA_KERNELS, serve_args  # noqa: E402
@@ -277,34 +276,6 @@ def test_what_our_kernel_does_not_take_goes_to_vllms_two_operators():
     ours = ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs"]
     assert list(inspect.signature(PunicaWrapperGPU.add_lora_linear).parameters) == ours
     assert "VLLM_PLUGINS" in envs.compile_factors(), "a cached graph without our operator is not taken for one with it"
-
-
-@pytest.mark.parametrize("counts", [[], [1, 2, 4, 9]], ids=["one graph", "graphs by number of adapters"])
-def test_our_indices_are_vllms(counts, monkeypatch):
-    """Step after step, so that what is left of the one before counts too."""
-    monkeypatch.setattr(punica_gpu, "LoRAKernelMeta", LoRAKernelMeta, raising=False)  # which it imports where Triton has a GPU
-    monkeypatch.setattr(punica_gpu, "get_captured_lora_counts", lambda *_: counts)
-    config = LoRAConfig(max_loras=8, max_cpu_loras=8)
-    theirs, ours = (PunicaWrapperGPU(64, 16, "cpu", lora_config=config) for _ in range(2))
-    for buffers in zip(buffers_of(theirs), buffers_of(ours), strict=True):
-        for buffer in buffers:
-            buffer.zero_()
-    dice, slots = np.random.default_rng(1), [5, None, 7, 11, 3, None, 2, 9]
-    for step in range(40):
-        held = dice.permutation([0, 5, 7, 11, 3, 2, 9])[: dice.integers(1, 8)] if step % 4 else np.zeros(1, int)
-        answers = dice.choice(held, dice.integers(1, 8)).astype(np.int32)
-        mapping = LoRAMapping(tuple(answers.repeat(dice.integers(1, 8, len(answers)))), tuple(answers), is_prefill=True)
-        PunicaWrapperGPU.update_metadata(theirs, mapping, slots, 9, 100)
-        lora_indices.update_metadata(ours, mapping, slots, 9, 100)
-        assert ours.indices_len == theirs.indices_len and ours.is_prefill == theirs.is_prefill
-        for one, other in zip(buffers_of(ours), buffers_of(theirs), strict=True):
-            assert torch.equal(one, other)
-
-
-def buffers_of(wrapper):
-    own = ("_token_lora_indices", "_sampler_indices", "_sampler_indices_padded", "_embeddings_indices")
-    metas = (wrapper.token_mapping_meta, wrapper.prompt_mapping_meta)
-    return [*(getattr(wrapper, name) for name in own), *(value for meta in metas for value in vars(meta).values() if isinstance(value, torch.Tensor))]
 
 
 def test_recipes_offer_vllms_ways_to_quantize_while_loading():
