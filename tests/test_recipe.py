@@ -139,6 +139,14 @@ def test_what_needs_gpus_is_refused_without_them_and_all_at_once(tmp_path: Path)
     assert load(tmp_path, SERVE + wrong.replace("cpu", "cuda\ntensor_parallel_size: 2").replace(": 32", ": 64"), ServingRecipe)
 
 
+def test_our_kernel_is_for_gpus_and_bfloat16(tmp_path: Path) -> None:
+    fused = "lora: {fused_kernel: true}\n"
+    assert "device: cuda" in faults(tmp_path, SERVE + "device: cpu\n" + fused, ServingRecipe)["lora.fused_kernel"]
+    assert "bfloat16 only" in faults(tmp_path, SERVE + "device: cuda\nprecision: float32\n" + fused, ServingRecipe)["lora.fused_kernel"]
+    assert load(tmp_path, SERVE + "device: cuda\n" + fused, ServingRecipe)
+    assert load(tmp_path, SERVE + "device: cpu\nlora: {fused_kernel: false}\n", ServingRecipe)
+
+
 def test_graphs_are_for_steps_and_pictures_that_there_can_be(tmp_path: Path) -> None:
     def found(settings: str) -> dict[str, str]:
         return faults(tmp_path, SERVE + settings, ServingRecipe)

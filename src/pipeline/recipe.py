@@ -417,8 +417,9 @@ class ServingRecipe(Section):
         of_gpus = {field: getattr(self, field) for field in ("quantization", "graph_tokens", "picture_graphs")} | {"lora.fused_kernel": self.lora.fused_kernel}
         if self.device == "cpu":
             yield from (f"{field}: needs device: cuda; remove it to serve on the CPU" for field, value in of_gpus.items() if value)
-        if self.quantization and self.precision == "float32":
-            yield f"quantization: {self.quantization} goes with precision: bfloat16 only"
+        if self.precision == "float32":
+            of_bfloat16 = {"quantization": self.quantization, "lora.fused_kernel": self.lora.fused_kernel}
+            yield from (f"{field}: {value} goes with precision: bfloat16 only" for field, value in of_bfloat16.items() if value)
         for field in ("expert_parallel", "vision_data_parallel"):
             if getattr(self, field) and self.tensor_parallel_size == 1:
                 yield f"{field}: needs tensor_parallel_size above 1; remove it to serve on one GPU"
