@@ -134,7 +134,7 @@ def test_our_kernel_applies_adapters_where_it_was_measured_or_asked_for(
 def test_the_users_own_plugins_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "theirs,tuneserve")
     environment = serve_environment(EMBEDDED, Path("/settings"))
-    assert environment["VLLM_PLUGINS"] == "tuneserve_cpu_moe,tuneserve_cpu_lora,tuneserve,theirs"
+    assert environment["VLLM_PLUGINS"] == "tuneserve_cpu_moe,tuneserve_cpu_lora,tuneserve_lora_indices,tuneserve,theirs"
     assert environment[SETTINGS_VARIABLE] == "/settings"
 
 

@@ -1,4 +1,4 @@
-"""The experiment in tests/acceptance/gpu/lora_indices.py fills vLLM's buffers as vLLM does."""
+"""lora_indices.py fills vLLM's buffers as vLLM does."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 from vllm.lora.punica_wrapper import punica_gpu
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-from tests.acceptance.gpu import lora_indices
-from tests.acceptance.gpu.lora_indices import groups_of, slots_of
+from pipeline.serving import lora_indices
+from pipeline.serving.lora_indices import groups_of, slots_of
 
 pytestmark = pytest.mark.contract
 

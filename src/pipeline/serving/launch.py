@@ -18,7 +18,8 @@ from pipeline.serving.settings import SETTINGS_VARIABLE, FollowerSettings, Sampl
 from pipeline.serving_memory import graph_sizes
 
 SERVICE_PREFIX = "vllm-"
-PLUGINS = ("tuneserve_cpu_moe", "tuneserve_cpu_lora", "tuneserve")
+PLUGINS = ("tuneserve_cpu_moe", "tuneserve_cpu_lora", "tuneserve_lora_indices", "tuneserve")
+"""Each does something only where it is needed."""
 FUSED_KERNEL_PLUGIN = "tuneserve_gpu_lora"
 FORBIDDEN = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens endpoints that let any client load any folder",

@@ -11,8 +11,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve()
 ERRORS = "vllm/entrypoints/serve/exception_handling"
-EXPERIMENTS = {"tuneserve_lora_indices": "tests.acceptance.gpu.lora_indices:register"}
-"""Plugins of vLLM that are there to be measured; $VLLM_PLUGINS names those that run."""
 REPLACING = """
     ours = {(route.path, method) for plugin in endpoint_plugins for route in app.router.routes[before:] for method in route.methods}
     kept = [route for route in app.router.routes[:before] if not any((getattr(route, "path", None), method) in ours for method in getattr(route, "methods", None) or ())]
@@ -60,7 +58,6 @@ def copy(sources: Path) -> None:
     info = sources / "tuneserve-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tuneserve\nVersion: 0\n", "utf-8")
-    points["vllm.general_plugins"] |= EXPERIMENTS
     lines = [line for group, names in points.items() for line in (f"[{group}]", *(f"{name} = {place}" for name, place in names.items()))]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n", "utf-8")
 

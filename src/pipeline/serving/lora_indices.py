@@ -1,10 +1,10 @@
-"""To be measured: which token has which adapter, worked out on the host; vLLM 0.32 does it on the GPU, and waits three times for what it finds. `register` puts this in its place.
+"""On an NVIDIA GPU, has vLLM 0.32 work out on the host which token has which adapter; its own way does it on the GPU, and waits three times for what it finds. `register` does it.
 
 Each step whose tokens differ from the last one's, as with every new prompt, has vLLM go through all tokens in Python, sort and count them by some forty small GPU kernels, and wait for the GPU
 to have done the step before, which it otherwise prepares ahead of. Requests without an adapter wait too. Here NumPy does the same, two copies bring it to the GPU, and nothing waits.
 
-Private parts of vLLM replaced here, nowhere else: `PunicaWrapperGPU.update_metadata`, by what fills the same buffers, its own and those of its two LoRAKernelMeta. vllm_0_26.py makes it the
-entry point `tuneserve_lora_indices` of the group vllm.general_plugins, which vLLM runs in each of its processes if $VLLM_PLUGINS names it. No part of the product: what it brings was not measured on a GPU yet.
+Private parts of vLLM replaced here, nowhere else: `PunicaWrapperGPU.update_metadata`, by what fills the same buffers, its own and those of its two LoRAKernelMeta. Entry point
+`tuneserve_lora_indices` of the group vllm.general_plugins, which vLLM runs in each of its processes if $VLLM_PLUGINS names it: `tuneserve serve` does on GPUs.
 """
 
 import bisect
