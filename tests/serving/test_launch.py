@@ -32,18 +32,18 @@ GOLDEN = {
     "tiny-cpu": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16
         --tensor-parallel-size 1 --max-model-len 2048 --enable-chunked-prefill --enable-prefix-caching
         --limit-mm-per-prompt {{"image":2,"video":0}} --mm-processor-cache-gb 4.0 {FIXED} --allowed-media-domains none.invalid
-        --enable-lora --max-lora-rank 16 --max-loras 4 --max-cpu-loras 16 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
+        --enable-lora --max-lora-rank 16 --max-loras 4 --max-cpu-loras 16 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.adapter_worker.AdapterWorker
         --shutdown-timeout 3 --enforce-eager""",
     "glm-4.5v-h200-fp8": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16 --quantization fp8_per_tensor
         --tensor-parallel-size 1 --max-model-len 16384 --enable-chunked-prefill --max-num-batched-tokens 512 --max-num-seqs 64 --enable-prefix-caching
         --limit-mm-per-prompt {{"image":4,"video":0}} --mm-processor-cache-gb 8.0 {FIXED} --allowed-media-domains none.invalid
-        --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
+        --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.adapter_worker.AdapterWorker
         --shutdown-timeout 3 --gpu-memory-utilization 0.92 --cudagraph-capture-sizes {ANSWERS} 128 {PROMPTS_512} {PICTURES}""",
     "glm-4.5v-4xh100": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16
         --tensor-parallel-size 4 --enable-expert-parallel --mm-encoder-tp-mode data
         --max-model-len 32768 --enable-chunked-prefill --max-num-batched-tokens 8192 --max-num-seqs 128 --enable-prefix-caching
         --limit-mm-per-prompt {{"image":4,"video":0}} --mm-processor-cache-gb 8.0 {FIXED} --allowed-media-domains none.invalid
-        --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.worker_report.AdapterReport
+        --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.adapter_worker.AdapterWorker
         --shutdown-timeout 3 --gpu-memory-utilization 0.9 --cudagraph-capture-sizes {ANSWERS} 72 80 88 96 104 112 120 128 {PROMPTS}""",
 }
 GOLDEN["glm-4.5v-2xh200"] = (

@@ -53,7 +53,6 @@ from vllm.entrypoints.serve.engine.serving import BaseServing  # noqa: E402
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response  # noqa: E402
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError  # noqa: E402
 from vllm.logprobs import Logprob  # noqa: E402
-from vllm.lora.model_manager import LoRAModelManager  # noqa: E402
 from vllm.lora.ops.torch_ops import lora_ops  # noqa: E402
 from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op  # noqa: E402
 from vllm.lora.ops.triton_ops import utils as triton_utils  # noqa: E402
@@ -62,7 +61,6 @@ from vllm.lora.punica_wrapper import punica_cpu  # noqa: E402
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.lora.utils import get_captured_lora_counts  # noqa: E402
-from vllm.lora.worker_manager import WorkerLoRAManager  # noqa: E402
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method  # noqa: E402
 from vllm.model_executor.layers.fused_moe.oracle import unquantized  # noqa: E402
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config  # noqa: E402
@@ -77,12 +75,11 @@ from vllm.v1.engine.core import EngineCoreProc  # noqa: E402
 from vllm.v1.metrics import loggers  # noqa: E402
 from vllm.v1.metrics.stats import RequestStateStats  # noqa: E402
 from vllm.v1.worker.gpu.lora_utils import LoraState, get_num_active_loras_for_dispatch  # noqa: E402
-from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin  # noqa: E402
 
 from pipeline.errors import ServingError  # noqa: E402
 from pipeline.recipe import ServingRecipe, load_recipe  # noqa: E402
 from pipeline.sample import read_samples  # noqa: E402
-from pipeline.serving import cpu_lora, cpu_moe, hooks, plugin, worker_report  # noqa: E402
+from pipeline.serving import adapter_worker, cpu_lora, cpu_moe, hooks, plugin  # noqa: E402
 from pipeline.serving.engine import ServedAdapter  # noqa: E402
 from pipeline.serving.hint import new_hint  # noqa: E402
 from pipeline.serving.launch import LORA_KERNELS, serve_args  # noqa: E402
@@ -120,8 +117,9 @@ class FakeClient:
         return True
 
     async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
-        assert method in dir(worker_report.AdapterReport)
-        return [(4, [], [request.lora_int_id for request in self.added])]
+        assert method in dir(adapter_worker.AdapterWorker)
+        answers = {"tuneserve_read_adapter": None, "tuneserve_adapter_is_read": True}
+        return [answers.get(method, (4, [], [request.lora_int_id for request in self.added]))]
 
     async def generate(self, prompt, sampling_params, request_id, *, lora_request=None, **kwargs):
         tokens = prompt["prompt_token_ids"]
@@ -748,18 +746,6 @@ def test_fingerprint_asks_for_what_vllm_gives(tmp_path):
     source = inspect.getsource(AsyncLLM.generate)
     assert "lora_request" in source and "prompt_logprobs" in inspect.getsource(SamplingParams)
     assert SamplingParams(prompt_logprobs=1).skip_reading_prefix_cache  # so that a fingerprint is never of cached work
-
-
-def test_what_the_worker_report_reads_is_there():
-    assert "self.lora_manager = LRUCacheWorkerLoRAManager(" in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
-    assert "self._adapter_manager" in inspect.getsource(WorkerLoRAManager.create_lora_manager)
-    source = inspect.getsource(LoRAModelManager)
-    kept = ("self._registered_adapters[lora.id] = lora", "self.modules: dict[str, BaseLayerWithLoRA]", "self.lora_index_to_id[index] = lora_model.id")
-    for part in (*kept, "lora_model.loras.pop(module, None)"):
-        assert part in source
-    manager = SimpleNamespace(_registered_adapters={7: SimpleNamespace(loras={"a": 1, "b": 2})}, modules={"a": 0, "c": 0}, lora_index_to_id=[None, 7, 3])
-    worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager)))
-    assert worker_report.AdapterReport.tuneserve_adapter_mapping(worker, 7) == (1, ["b"], [7, 3])
 
 
 def test_vllms_own_adapter_gauge_is_the_one_that_we_clear():

@@ -50,7 +50,7 @@ def serve_args(recipe: ServingRecipe, base: Path, port: int) -> list[str]:
     args += ["--enable-lora", "--max-lora-rank", str(lora.max_rank), "--max-loras", str(lora.max_loras), "--max-cpu-loras", str(lora.max_cpu_loras)]
     args += ["--lora-target-modules", *lora.target_modules]
     args += ["--enable-mixed-moe-lora-format"] if lora.wraps_experts else []  # takes experts' adapters in either layout
-    args += ["--worker-extension-cls", "pipeline.serving.worker_report.AdapterReport"]
+    args += ["--worker-extension-cls", "pipeline.serving.adapter_worker.AdapterWorker"]
     args += ["--shutdown-timeout", str(recipe.drain_seconds)]
     args += ["--enforce-eager"] if recipe.device == "cpu" else ["--gpu-memory-utilization", str(recipe.gpu_memory_utilization), *_graph_args(recipe)]
     return args

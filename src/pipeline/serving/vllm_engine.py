@@ -16,6 +16,7 @@ PROMPT = "What is this, and what is it for? Name its colour, its brand and its u
 """What fingerprints are taken of: text alone, since adapters of the language model change how every token is read."""
 
 UNLOAD_TRIES = 100
+READ_POLL_SECONDS = 0.01
 
 
 class VllmEngine:
@@ -29,11 +30,20 @@ class VllmEngine:
     async def load(self, adapter: ServedAdapter) -> None:
         # Not models.load_lora_adapter: it numbers adapters by arrival, so that a restart would give old numbers to other weights.
         try:
+            if adapter.lora_id not in await self._client.list_loras():
+                await self._read(adapter)
             loaded = await self._client.add_lora(lora_request(adapter))
         except Exception as error:  # vLLM passes every refusal of its engine process on as a bare Exception
             raise ServingError(f"vLLM refused the adapter: {error}") from error
         if not loaded:
             raise ServingError("vLLM did not load the adapter and gave no reason; look at the server's log")
+
+    async def _read(self, adapter: ServedAdapter) -> None:
+        """Has every worker read the adapter's weights beside its steps, so that `add_lora` only copies them (adapter_worker.py). What fails in it, `add_lora` raises."""
+        about = (adapter.engine_name, adapter.lora_id, str(adapter.folder), adapter.fused_experts)
+        await self._client.collective_rpc("tuneserve_read_adapter", args=about)
+        while not all(await self._client.collective_rpc("tuneserve_adapter_is_read", args=(adapter.lora_id,))):
+            await asyncio.sleep(READ_POLL_SECONDS)
 
     async def unload(self, lora_id: int) -> None:
         for _ in range(UNLOAD_TRIES):

@@ -1,0 +1,72 @@
+"""What we have a vLLM worker do for an adapter: read its weights beside the engine's steps, and say what became of them. vLLM mixes the class named by --worker-extension-cls into its worker.
+
+vLLM 0.32 loads an adapter between two steps: it reads the file, converts and pins each tensor, scales, and copies to the GPU, while every stream waits. All but the copy needs no step to wait.
+
+Private parts of vLLM used here, nowhere else: the worker's `model_runner.lora_manager`, whose `_load_adapter` an instance attribute takes the place of, its `_adapter_manager`, and of that
+`_registered_adapters`, `modules` and `lora_index_to_id`; tests/serving/test_vllm_contract.py pins them.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from vllm.lora.request import LoRARequest
+
+
+class AdapterWorker:
+    """Methods for `EngineClient.collective_rpc`; `self` is the worker."""
+
+    def tuneserve_read_adapter(self, name: str, lora_id: int, folder: str, is_3d: bool) -> None:
+        """Begins to read an adapter's weights for the `add_lora` that follows, and returns at once. What was read before and never loaded is let go."""
+        worker: Any = self
+        manager = worker.model_runner.lora_manager
+        if not hasattr(manager, "tuneserve_read"):
+            manager.tuneserve_read = _Reader(manager._load_adapter, worker.device)
+            manager._load_adapter = manager.tuneserve_read.take
+        manager.tuneserve_read.begin(LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=folder, is_3d_lora_weight=is_3d))
+
+    def tuneserve_adapter_is_read(self, lora_id: int) -> bool:
+        """Whether reading it is over, well or not; also if it was never begun."""
+        worker: Any = self
+        return bool(worker.model_runner.lora_manager.tuneserve_read.over(lora_id))
+
+    def tuneserve_adapter_mapping(self, lora_id: int) -> tuple[int, list[str], list[int]]:
+        """How many wrapped modules of this worker's model the loaded adapter changes; the adapter's modules that are none of the model's; the numbers of the adapters that are in slots.
+
+        vLLM drops modules that are none without a word, so that an adapter with only such ones answers as the base does.
+        """
+        worker: Any = self
+        manager = worker.model_runner.lora_manager._adapter_manager
+        names = manager._registered_adapters[lora_id].loras.keys()
+        unmapped = sorted(name for name in names if name not in manager.modules)
+        return len(names) - len(unmapped), unmapped, [number for number in manager.lora_index_to_id if number is not None]
+
+
+class _Reader:
+    """Reads one adapter at a time in a thread by vLLM's own `load`, and gives it to vLLM when that asks. Errors are raised there, as vLLM's own would be."""
+
+    def __init__(self, load: Any, device: torch.device) -> None:
+        self._load = load
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, "tuneserve-adapter")
+        self._reading: dict[int, Future[Any]] = {}
+
+    def begin(self, request: LoRARequest) -> None:
+        self._reading = {request.lora_int_id: self._thread.submit(self._read, request)}
+
+    def over(self, lora_id: int) -> bool:
+        reading = self._reading.get(lora_id)
+        return reading is None or reading.done()
+
+    def take(self, request: LoRARequest) -> Any:
+        """In place of vLLM's `load`: waits for what is being read; reads now what was not begun."""
+        reading = self._reading.pop(request.lora_int_id, None)
+        return self._load(request) if reading is None else reading.result()
+
+    def _read(self, request: LoRARequest) -> Any:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # each thread's own: memory must be pinned for this worker's GPU
+        adapter = self._load(request)
+        for weights in adapter.loras.values():
+            weights.optimize()  # scales B, once, as vLLM would when it packs them
+        return adapter
