@@ -94,11 +94,11 @@ def test_proposed_processes_divide_the_global_batch() -> None:
 @pytest.mark.parametrize(
     ("change", "available", "values"),
     [
-        ("max_model_len_tokens: 137216", 1, {"quantization": "fp8_per_tensor", "max_model_len_tokens": 200_000}),
-        ("quantization: fp8_per_tensor", 1, {}),
-        ("lora.max_loras: 7", 1, {"quantization": "fp8_per_tensor", "lora": {"max_loras": 9, "target_modules": ALL_SERVED}}),
-        ("lora.target_modules: [qkv_proj, o_proj]", 1, {"quantization": "fp8_per_tensor", "lora": {"max_rank": 512, "target_modules": ALL_SERVED}}),
-        ("tensor_parallel_size: 1, quantization: fp8_per_tensor", 1, {"tensor_parallel_size": 2}),
+        ("max_model_len_tokens: 137216", 1, {"quantization": "fp8_per_channel", "max_model_len_tokens": 200_000}),
+        ("quantization: fp8_per_channel", 1, {}),
+        ("lora.max_loras: 7", 1, {"quantization": "fp8_per_channel", "lora": {"max_loras": 9, "target_modules": ALL_SERVED}}),
+        ("lora.target_modules: [qkv_proj, o_proj]", 1, {"quantization": "fp8_per_channel", "lora": {"max_rank": 512, "target_modules": ALL_SERVED}}),
+        ("tensor_parallel_size: 1, quantization: fp8_per_channel", 1, {"tensor_parallel_size": 2}),
     ],
 )
 def test_the_nearest_change_to_a_server_is_the_cheapest_that_fits(change: str, available: int, values: dict[str, object]) -> None:
@@ -108,7 +108,7 @@ def test_the_nearest_change_to_a_server_is_the_cheapest_that_fits(change: str, a
 
 
 def test_a_server_that_needs_more_gpus_gets_the_smallest_count_that_the_model_can_be_shared_over() -> None:
-    found = plan(serving(quantization="fp8_per_tensor"), glm(), A100_40)
+    found = plan(serving(quantization="fp8_per_channel"), glm(), A100_40)
     assert found.change == "tensor_parallel_size: 4 (4 x a100-40gb)"
 
 
@@ -118,13 +118,13 @@ def test_a_server_that_cannot_be_shared_out_says_why() -> None:
 
 
 def test_one_request_of_full_length_must_fit() -> None:
-    found = plan(serving(quantization="fp8_per_tensor", max_model_len_tokens=200_000), glm(), H200)
+    found = plan(serving(quantization="fp8_per_channel", max_model_len_tokens=200_000), glm(), H200)
     assert found.left > 0 and not found.fits
     assert "one request of max_model_len_tokens is 200000" in found.verdict
 
 
 def test_several_servers_beside_each_other() -> None:
-    found = plan(serving(quantization="fp8_per_tensor"), glm(), H200, 4)
+    found = plan(serving(quantization="fp8_per_channel"), glm(), H200, 4)
     assert "  4 such servers fit on 4 of them" in found.lines()
 
 

@@ -102,7 +102,7 @@ def test_serve_refuses_what_cannot_fit_and_starts_nothing(project: Project, monk
     monkeypatch.setenv("TUNESERVE_PROJECT", str(project.root))
     result = CliRunner().invoke(cli, ["serve", str(path)])
     message = faults_of(result)
-    assert "does not fit 1 x h200-141gb" in message and "change quantization: fp8_per_tensor, or start it all the same with --ignore-plan" in message
+    assert "does not fit 1 x h200-141gb" in message and "change quantization: fp8_per_channel, or start it all the same with --ignore-plan" in message
     assert "GiB per GPU" in result.stderr
     assert not list(project.services.glob("*"))
 
@@ -120,7 +120,7 @@ def test_train_refuses_what_cannot_fit_and_starts_nothing(tmp_path: Path, monkey
 
 @pytest.mark.parametrize(
     ("found", "quantization", "device", "ignore"),
-    [((H200,), "fp8_per_tensor", "cuda", False), ((), "null", "cuda", False), ((H200,), "null", "cpu", False), ((H200,), "null", "cuda", True)],
+    [((H200,), "fp8_per_channel", "cuda", False), ((), "null", "cuda", False), ((H200,), "null", "cpu", False), ((H200,), "null", "cuda", True)],
     ids=["fits", "no GPU to be seen", "CPU", "--ignore-plan"],
 )
 def test_what_fits_or_cannot_be_planned_is_let_through(

@@ -131,7 +131,7 @@ def test_a_dumped_recipe_loads_as_the_same(tmp_path: Path) -> None:
 
 
 def test_what_needs_gpus_is_refused_without_them_and_all_at_once(tmp_path: Path) -> None:
-    wrong = "device: cpu\nquantization: fp8_per_tensor\nexpert_parallel: true\nvision_data_parallel: true\nmax_num_seqs: 64\nmax_num_batched_tokens: 32\n"
+    wrong = "device: cpu\nquantization: fp8_per_channel\nexpert_parallel: true\nvision_data_parallel: true\nmax_num_seqs: 64\nmax_num_batched_tokens: 32\n"
     found = faults(tmp_path, SERVE + wrong, ServingRecipe)
     assert set(found) == {"quantization", "expert_parallel", "vision_data_parallel", "max_num_batched_tokens"}
     assert "device: cuda" in found["quantization"] and "tensor_parallel_size" in found["expert_parallel"]

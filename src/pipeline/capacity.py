@@ -284,7 +284,7 @@ def _serving_changes(recipe: ServingRecipe, found: Plan) -> Iterator[tuple[str, 
         yield f"max_model_len_tokens: {length}", recipe.model_copy(update={"max_model_len_tokens": length})
     smaller: list[tuple[str, dict[str, Any]]] = []
     if not recipe.quantization and recipe.precision == "bfloat16":
-        smaller.append(("quantization: fp8_per_tensor", {"quantization": "fp8_per_tensor"}))
+        smaller.append(("quantization: fp8_per_channel", {"quantization": "fp8_per_channel"}))
     lora: ServedLora = recipe.lora
     for slots in range(lora.max_loras - 1, 0, -1):
         smaller.append((f"lora.max_loras: {slots}", {"lora": lora.model_copy(update={"max_loras": slots})}))
@@ -300,7 +300,7 @@ def _serving_changes(recipe: ServingRecipe, found: Plan) -> Iterator[tuple[str, 
         fewer = {"tensor_parallel_size": ways, **alone}
         yield f"tensor_parallel_size: {ways}", recipe.model_copy(update=fewer)
         if fp8:
-            yield f"tensor_parallel_size: {ways}, quantization: fp8_per_tensor", recipe.model_copy(update=fewer | fp8)
+            yield f"tensor_parallel_size: {ways}, quantization: fp8_per_channel", recipe.model_copy(update=fewer | fp8)
     for ways in range(recipe.tensor_parallel_size + 1, MOST_GPUS + 1):
         yield f"tensor_parallel_size: {ways}", recipe.model_copy(update={"tensor_parallel_size": ways})
         shared = {"tensor_parallel_size": ways, "vision_data_parallel": True, "expert_parallel": True}

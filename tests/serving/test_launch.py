@@ -34,7 +34,7 @@ GOLDEN = {
         --limit-mm-per-prompt {{"image":2,"video":0}} --mm-processor-cache-gb 4.0 {FIXED} --allowed-media-domains none.invalid
         --enable-lora --max-lora-rank 16 --max-loras 4 --max-cpu-loras 16 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.adapter_worker.AdapterWorker
         --shutdown-timeout 3 --enforce-eager""",
-    "glm-4.5v-h200-fp8": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16 --quantization fp8_per_tensor
+    "glm-4.5v-h200-fp8": f"""--model /base --served-model-name glm-4.5v --host 127.0.0.1 --port 8000 --dtype bfloat16 --quantization fp8_per_channel
         --tensor-parallel-size 1 --max-model-len 16384 --enable-chunked-prefill --max-num-batched-tokens 512 --max-num-seqs 64 --enable-prefix-caching
         --limit-mm-per-prompt {{"image":4,"video":0}} --mm-processor-cache-gb 8.0 {FIXED} --allowed-media-domains none.invalid
         --enable-lora --max-lora-rank 16 --max-loras 8 --max-cpu-loras 32 --lora-target-modules qkv_proj o_proj --worker-extension-cls pipeline.serving.adapter_worker.AdapterWorker
@@ -48,7 +48,7 @@ GOLDEN = {
 }
 GOLDEN["glm-4.5v-2xh200"] = (
     GOLDEN["glm-4.5v-h200-fp8"]
-    .replace("--quantization fp8_per_tensor", "")
+    .replace("--quantization fp8_per_channel", "")
     .replace("--tensor-parallel-size 1 --max-model-len 16384", "--tensor-parallel-size 2 --max-model-len 32768")
     .replace("--max-num-batched-tokens 512", "--max-num-batched-tokens 1024")
     .replace(PROMPTS_512, PROMPTS)
