@@ -29,8 +29,6 @@ in one batch cost more, most likely as they choose more different experts than e
 STRONG = {"lora_A": 0.02, "lora_B": 0.02}
 SHIPPED = Path("recipes/serving/glm-4.5v-h200-fp8.yaml")
 READY_SECONDS = 500.0
-FURTHER_VERSIONS = 2
-"""Of the first model."""
 
 
 def write_adapter(folder: Path, layers: int, seed: int, spread: dict[str, float]) -> Path:
@@ -67,16 +65,16 @@ def prepare(folder: Path, layers: int, adapters: int, spread: dict[str, float] =
     return [write_adapter(folder / "adapters" / f"a{number}", layers, number, spread) for number in range(adapters)]
 
 
-def register(folder: Path, layers: int, adapters: list[Path]) -> list[str]:
-    """Registers each adapter, the first models' first; FURTHER_VERSIONS of them are further versions of the first model. The names of the models."""
+def register(folder: Path, layers: int, adapters: list[Path], versions: int) -> list[str]:
+    """Registers each adapter, the first models' first; the last `versions` are further versions of the first model. The names of the models."""
     from pipeline.adapter import read_adapter
     from pipeline.basemodel import resolve_base_model, template_digest
     from pipeline.registry import Registry
 
     registry = Registry(os.environ["MLFLOW_TRACKING_URI"])
     base = resolve_base_model(f"models/layers-{layers}", Project(folder), lambda *_: None)
-    models = [f"m{number}" for number in range(len(adapters) - FURTHER_VERSIONS)]
-    for model, adapter in zip([*models, *models[:1] * FURTHER_VERSIONS], adapters, strict=True):
+    models = [f"m{number}" for number in range(len(adapters) - versions)]
+    for model, adapter in zip([*models, *models[:1] * versions], adapters, strict=True):
         with registry.run(model, {}, {}) as run:
             registry.register(model, run.run_id, read_adapter(adapter), {}, base.revision, template_digest(), f"random {adapter.name}")
     for model in models:
@@ -91,9 +89,9 @@ def start(folder: Path, name: str, command: list[str]) -> subprocess.Popen[bytes
     return child
 
 
-def up(folder: Path, layers: int, adapters: int, spread: dict[str, float], port: int, settings: dict[str, Any]) -> dict[str, Any]:
+def up(folder: Path, layers: int, adapters: int, versions: int, spread: dict[str, float], port: int, settings: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
-    folders = prepare(folder, layers, adapters + FURTHER_VERSIONS, spread)
+    folders = prepare(folder, layers, adapters + versions, spread)
     os.environ["TUNESERVE_PROJECT"] = str(folder)
     store = f"sqlite:///{folder}/mlflow.db"
     where = ["--host", "127.0.0.1", "--port", "5005", "--backend-store-uri", store, "--artifacts-destination", str(folder / "mlruns"), "--workers", "1"]
@@ -101,7 +99,7 @@ def up(folder: Path, layers: int, adapters: int, spread: dict[str, float], port:
     os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:5005"
     while time.monotonic() - began < READY_SECONDS and not answers("http://127.0.0.1:5005/health"):
         time.sleep(0.5)
-    models = register(folder, layers, folders)
+    models = register(folder, layers, folders, versions)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(layers, models, {"port": port, **settings})), "utf-8")
     booted = time.monotonic()
     child = start(folder, "serve", [sys.executable, "-m", "pipeline.cli", "serve", "recipe.yaml"])
@@ -128,6 +126,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/tuneserve-full-size"))  # noqa: S108 (a machine of one's own)
     parser.add_argument("--layers", type=int, default=46)
     parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--versions", type=int, default=2, help="further ones of the first model, for alias moves")
     parser.add_argument("--strong", action="store_true", help="adapters that change much (see SPREAD)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--set", type=json.loads, default={}, help="changed settings of the recipe, as a JSON object")
@@ -137,7 +136,7 @@ def main() -> None:
     if arguments.what == "adapters":
         print(prepare(arguments.folder, arguments.layers, arguments.adapters, spread))
     else:
-        print(json.dumps(up(arguments.folder, arguments.layers, arguments.adapters, spread, arguments.port, arguments.set)), flush=True)
+        print(json.dumps(up(arguments.folder, arguments.layers, arguments.adapters, arguments.versions, spread, arguments.port, arguments.set)), flush=True)
 
 
 if __name__ == "__main__":
