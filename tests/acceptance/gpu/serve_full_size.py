@@ -1,7 +1,7 @@
 """GLM-4.5V at its true width behind `tuneserve serve`, with random weights and adapters: makes what is served, starts it, and leaves it running for `tuneserve bench`.
 
 `python tests/acceptance/gpu/serve_full_size.py up --layers 46` writes the base without weights and random attention adapters, registers these in MLflow as champions of models of their own
-(the first model has further versions, for alias moves), starts `tuneserve serve`, and ends once the replica is ready. `adapters FOLDER` only writes base and adapters, for a bare vLLM.
+(the first model has further versions, for alias moves), starts `tuneserve serve`, and ends once the replica is ready. `plain` starts the same server without LoRA, elsewhere. `adapters` only writes base and adapters.
 See README.md here for what the machine needs.
 """
 
@@ -111,6 +111,24 @@ def up(folder: Path, layers: int, adapters: int, versions: int, spread: dict[str
     raise SystemExit("\n".join(f"{path}:\n{path.read_text('utf-8', 'replace')[-4000:]}" for path in logs))
 
 
+def plain(folder: Path, layers: int, port: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """The same server without LoRA engine and plugins, for `bench serve --arm plain=http://127.0.0.1:PORT#glm-4.5v`; its log is plain.log."""
+    from pipeline.recipe import ServingRecipe
+    from pipeline.serving.launch import serve_args
+
+    prepare(folder, layers, 0)
+    args = serve_args(ServingRecipe.model_validate(recipe_of(layers, ["none"], {"port": port, **settings})), folder / "models" / f"layers-{layers}", port)
+    begin, end = args.index("--enable-lora"), args.index("--worker-extension-cls") + 2
+    os.environ["VLLM_PLUGINS"] = ""
+    booted = time.monotonic()
+    child = start(folder, "plain", [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *args[:begin], *args[end:]])
+    while time.monotonic() - booted < READY_SECONDS and child.poll() is None:
+        if answers(f"http://127.0.0.1:{port}/health"):
+            return {"boot_seconds": round(time.monotonic() - booted, 1)}
+        time.sleep(0.5)
+    raise SystemExit((folder / "plain.log").read_text("utf-8", "replace")[-4000:])
+
+
 def answers(url: str) -> bool:
     import httpx
 
@@ -122,7 +140,7 @@ def answers(url: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("up", "adapters"))
+    parser.add_argument("what", choices=("up", "plain", "adapters"))
     parser.add_argument("--folder", type=Path, default=Path("/tmp/tuneserve-full-size"))  # noqa: S108 (a machine of one's own)
     parser.add_argument("--layers", type=int, default=46)
     parser.add_argument("--adapters", type=int, default=8)
@@ -135,6 +153,8 @@ def main() -> None:
     spread = STRONG if arguments.strong else SPREAD
     if arguments.what == "adapters":
         print(prepare(arguments.folder, arguments.layers, arguments.adapters, spread))
+    elif arguments.what == "plain":
+        print(json.dumps(plain(arguments.folder, arguments.layers, arguments.port, arguments.set)), flush=True)
     else:
         print(json.dumps(up(arguments.folder, arguments.layers, arguments.adapters, arguments.versions, spread, arguments.port, arguments.set)), flush=True)
 
