@@ -66,6 +66,7 @@ def test_an_adapter_is_read_beside_the_steps_and_written_as_vllm_would():
         return LoRAModel(request.lora_int_id, 4, {"m": LoRALayerWeights("m", 4, 8, torch.ones(4, 6), torch.ones(8, 4))})
 
     worker, manager, written = worker_that_loads(load)
+    assert worker.tuneserve_adapter_is_read(1)  # never begun
     assert manager.add_adapter(LoRARequest("a", 1, "/a"))  # as vLLM does by itself
     for number in (2, 3):
         worker.tuneserve_read_adapter("b", number, "/b", False)

@@ -20,15 +20,16 @@ class AdapterWorker:
         """Begins to read an adapter's weights for the `add_lora` that follows, and returns at once. What was read before and never loaded is let go."""
         worker: Any = self
         manager = worker.model_runner.lora_manager
-        if not hasattr(manager, "tuneserve_read"):
-            manager.tuneserve_read = _Reader(manager._load_adapter, worker.device)
-            manager._load_adapter = manager.tuneserve_read.take
-        manager.tuneserve_read.begin(LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=folder, is_3d_lora_weight=is_3d))
+        if not hasattr(manager, "tuneserve_reader"):
+            manager.tuneserve_reader = _Reader(manager._load_adapter, worker.device)
+            manager._load_adapter = manager.tuneserve_reader.take
+        manager.tuneserve_reader.begin(LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=folder, is_3d_lora_weight=is_3d))
 
     def tuneserve_adapter_is_read(self, lora_id: int) -> bool:
         """Whether reading it is over, well or not; also if it was never begun."""
         worker: Any = self
-        return bool(worker.model_runner.lora_manager.tuneserve_read.over(lora_id))
+        reader = getattr(worker.model_runner.lora_manager, "tuneserve_reader", None)
+        return reader is None or reader.over(lora_id)
 
     def tuneserve_adapter_mapping(self, lora_id: int) -> tuple[int, list[str], list[int]]:
         """How many wrapped modules of this worker's model the loaded adapter changes; the adapter's modules that are none of the model's; the numbers of the adapters that are in slots.
