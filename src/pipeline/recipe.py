@@ -348,7 +348,7 @@ class ServingRecipe(Section):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations, and of weights that are not quantized."""
     quantization: Literal["fp8_per_tensor", "fp8_per_channel"] | None = None
-    """Quantizes the base's weights while loading, which halves them (GLM-4.5V: 102 instead of 201 GiB); per channel is finer, and faster while answers are made.
+    """Quantizes the base's weights while loading, which halves them (GLM-4.5V: 102 instead of 201 GiB); per channel is finer, and faster for few requests at a time.
     Adapters stay in `precision` and are those trained on the unquantized folder. Needs GPUs."""
     max_model_len_tokens: Annotated[int, Field(ge=16)] = 16384
     """Longest request, answer included; a longer one is refused. GLM-4.5V can 65,536; the KV cache must hold at least one such request."""

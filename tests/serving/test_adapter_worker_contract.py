@@ -79,3 +79,6 @@ def test_an_adapter_is_read_beside_the_steps_and_written_as_vllm_would():
     with pytest.raises(ValueError, match="no adapter there"):
         manager.add_adapter(LoRARequest("c", 4, "/gone"))
     assert worker.tuneserve_adapter_is_read(4) and manager.list_adapters() == {1, 2, 3}
+    worker.tuneserve_read_adapter("d", 5, "/d", False)
+    worker.tuneserve_forget_read(5)
+    assert not manager.tuneserve_reader._reading

@@ -102,8 +102,10 @@ class FakeClient:
         self.input_processor = None
         self.added: list[LoRARequest] = []
         self.fault: Exception | None = None
+        self.calls: list[tuple[object, ...]] = []
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
+        self.calls.append(("add_lora", lora_request.lora_int_id))
         if self.fault:
             raise self.fault
         self.added.append(lora_request)
@@ -118,7 +120,9 @@ class FakeClient:
 
     async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
         assert method in dir(adapter_worker.AdapterWorker)
-        answers = {"tuneserve_read_adapter": None, "tuneserve_adapter_is_read": True}
+        self.calls.append((method, *args))
+        looks = [call[0] for call in self.calls].count("tuneserve_adapter_is_read")
+        answers = {"tuneserve_read_adapter": None, "tuneserve_forget_read": None, "tuneserve_adapter_is_read": looks % 2 == 0}
         return [answers.get(method, (4, [], [request.lora_int_id for request in self.added]))]
 
     async def generate(self, prompt, sampling_params, request_id, *, lora_request=None, **kwargs):
@@ -308,6 +312,19 @@ def test_loading_goes_through_the_engine_clients_own_method(tmp_path):
     client.fault = Exception("Call to add_lora method failed: rank 64")
     with pytest.raises(ServingError, match=r"vLLM refused the adapter: .*rank 64"):
         asyncio.run(VllmEngine(client, client.generate).load(adapter(tmp_path, "1")))
+
+
+def test_an_adapter_is_read_before_it_is_loaded_and_what_was_not_loaded_is_let_go(tmp_path):
+    client, served = FakeClient(), adapter(tmp_path, "1")
+    engine = VllmEngine(client, client.generate)
+    asyncio.run(engine.load(served))
+    look = ("tuneserve_adapter_is_read", served.lora_id)
+    read = ("tuneserve_read_adapter", served.engine_name, served.lora_id, str(served.folder), served.fused_experts)
+    assert client.calls == [read, look, look, ("add_lora", served.lora_id)]
+    asyncio.run(engine.load(served))
+    assert client.calls[4:] == [("add_lora", served.lora_id)]  # it is there
+    asyncio.run(engine.unload(served.lora_id))
+    assert client.calls[5:] == [("tuneserve_forget_read", served.lora_id)]
 
 
 def test_lora_request_carries_name_number_and_folder(tmp_path):

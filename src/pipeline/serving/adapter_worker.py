@@ -1,9 +1,10 @@
 """What we have a vLLM worker do for an adapter: read its weights beside the engine's steps, and say what became of them. vLLM mixes the class named by --worker-extension-cls into its worker.
 
-vLLM 0.32 loads an adapter between two steps: it reads the file, converts and pins each tensor, scales, and copies to the GPU, while every stream waits. All but the copy needs no step to wait.
+vLLM 0.32 loads an adapter between two steps: it reads the file, converts and pins each tensor, scales, packs, and writes into a slot, while every stream waits. For all but the last two no step
+must wait; but the thread that does them shares Python's lock with the steps where the engine and its worker are one process, as on one GPU.
 
-Private parts of vLLM used here, nowhere else: the worker's `model_runner.lora_manager`, whose `_load_adapter` an instance attribute takes the place of, its `_adapter_manager`, and of that
-`_registered_adapters`, `modules` and `lora_index_to_id`; tests/serving/test_vllm_contract.py pins them.
+Private parts of vLLM used here, nowhere else: the worker's `device` and `model_runner.lora_manager`, whose `_load_adapter` an instance attribute takes the place of, its `_adapter_manager`, and
+of that `_registered_adapters`, `modules` and `lora_index_to_id`; tests/serving/test_adapter_worker_contract.py pins them.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,12 @@ class AdapterWorker:
         worker: Any = self
         reader = getattr(worker.model_runner.lora_manager, "tuneserve_reader", None)
         return reader is None or reader.over(lora_id)
+
+    def tuneserve_forget_read(self, lora_id: int) -> None:
+        """Lets go what was read of it and not loaded."""
+        worker: Any = self
+        if reader := getattr(worker.model_runner.lora_manager, "tuneserve_reader", None):
+            reader.forget(lora_id)
 
     def tuneserve_adapter_mapping(self, lora_id: int) -> tuple[int, list[str], list[int]]:
         """How many wrapped modules of this worker's model the loaded adapter changes; the adapter's modules that are none of the model's; the numbers of the adapters that are in slots.
@@ -58,6 +65,10 @@ class _Reader:
     def over(self, lora_id: int) -> bool:
         reading = self._reading.get(lora_id)
         return reading is None or reading.done()
+
+    def forget(self, lora_id: int) -> None:
+        if reading := self._reading.pop(lora_id, None):
+            reading.cancel()
 
     def take(self, request: LoRARequest) -> Any:
         """In place of vLLM's `load`: waits for what is being read; reads now what was not begun."""

@@ -1,6 +1,6 @@
 """The vLLM side of following the registry: an endpoint plugin, which vLLM's API process loads when VLLM_PLUGINS names `tuneserve`.
 
-What we rely on beyond vLLM's documented plugin contract and `EngineClient`'s methods; tests/serving/test_vllm_contract.py pins all of it:
+What we rely on beyond vLLM's documented plugin contract and `EngineClient`'s methods; tests/serving/test_vllm_contract.py and test_adapter_worker_contract.py pin all of it:
 - the hooks in hooks.py, and what adapter_worker.py uses;
 - `state.openai_serving_models.lora_requests`, the dict in which every request looks its model up before the bases (`hooks.NameTable`);
 - `state.openai_serving_models.base_model_paths` and `.model_config.max_model_len` (`AdapterFollower.init_state`, `.list_models`);
