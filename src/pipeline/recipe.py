@@ -295,7 +295,7 @@ class ServedLora(Section):
     """vLLM's modules that take adapters; weights for others are refused. The default is attention; routed experts cost 50 times as much GPU memory a slot."""
     fused_kernel: bool | None = None
     """NVIDIA GPUs only: adapters are applied by one kernel of ours, which starts less often and reads less, instead of vLLM's three. None: where that was measured to win, with
-    attention adapters of rank 16 on one GPU. False: vLLM's, which are tuned to these shapes."""
+    attention adapters of rank 16 on one GPU or two. False: vLLM's, which are tuned to these shapes."""
 
     def broken_relations(self) -> Iterator[str]:
         if self.max_cpu_loras < self.max_loras + 2:

@@ -50,6 +50,8 @@ class FakeEngine:
         self.slots = 100
         """Of what is loaded, the last so many are in slots."""
         self.asked: list[ServedAdapter | None] = []
+        self.looking, self.most_looking = 0, 0
+        """Fingerprints that are being taken; the most that were at once."""
 
     async def load(self, adapter: ServedAdapter) -> None:
         self.loads.append(adapter)
@@ -70,6 +72,10 @@ class FakeEngine:
 
     async def fingerprint(self, adapter: ServedAdapter | None) -> Fingerprint:
         self.asked.append(adapter)
+        self.looking += 1
+        self.most_looking = max(self.most_looking, self.looking)
+        await asyncio.sleep(0)
+        self.looking -= 1
         if adapter is None:
             return (-1.0, -2.0 + self.leaks * len(self.weights))
         assert adapter.lora_id in self.weights

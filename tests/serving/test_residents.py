@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from pipeline.serving.residents import LOOKS_AT_A_TIME
 from pipeline.serving.traffic import Request
 from pipeline.switch import Disabled
 from pipeline.version import DISABLED_TAG, disabled_tag
@@ -404,6 +405,20 @@ def test_only_what_is_in_slots_is_asked_again(world, engine):
         return [adapter.version if adapter else None for adapter in engine.asked]
 
     assert run(scenario()) == [None, "1", None, "2", None, "1", "3", None, "2"]
+
+
+def test_a_load_asks_few_at_a_time(world, engine):
+    """All at once would make one step long for every stream."""
+
+    async def scenario():
+        follower = world.replica(engine, models=tuple("abcde"))
+        for number, model in enumerate("abcde", 1):
+            world.promote(str(number), model=model)
+            await follower.sync(20.0)
+        # the last asks for itself, the base and four others
+        assert [adapter.model if adapter else None for adapter in engine.asked][-6:] == ["e", None, *"abcd"] and engine.most_looking == LOOKS_AT_A_TIME
+
+    run(scenario())
 
 
 def test_two_models_with_the_same_adapter_share_its_weights(world, engine):

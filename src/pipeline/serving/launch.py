@@ -95,10 +95,10 @@ def serve_environment(recipe: ServingRecipe, settings: Path) -> dict[str, str]:
 
 
 def _fuses(recipe: ServingRecipe) -> bool:
-    """Whether adapters go through our kernel (gpu_lora.py): as the recipe says, or where it was measured, which is on one GPU for the shapes that vLLM's were tuned for."""
+    """Whether adapters go through our kernel (gpu_lora.py): as the recipe says, or where it was measured, which is for the shapes that vLLM's were tuned for."""
     if recipe.device == "cpu" or recipe.lora.fused_kernel is not None:
         return bool(recipe.lora.fused_kernel)
-    return recipe.precision == "bfloat16" and recipe.tensor_parallel_size == 1 and _as_tuned(recipe)
+    return recipe.precision == "bfloat16" and _as_tuned(recipe)
 
 
 def _as_tuned(recipe: ServingRecipe) -> bool:

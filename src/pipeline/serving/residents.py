@@ -28,6 +28,9 @@ DOWNLOADS = 2
 """At a time."""
 ROOM_SECONDS = 30.0
 """How long a new version waits for the last requests of the one whose place it takes."""
+LOOKS_AT_A_TIME = 3
+"""Fingerprints that are asked for at a time. Each puts a short prompt and its log-probabilities into a step, and every stream waits for it: with nine at once the longest steps on an H200
+took 53 to 56 ms, with three 51 to 52 (45 where it is 512 tokens of prompts alone), and verifying took no longer (docs/benchmarks.md). One at a time, each would wait for a step of its own."""
 LOOK_SECONDS = 10.0
 """How often the engine is asked what it holds."""
 MEND_SECONDS = 5.0
@@ -209,14 +212,17 @@ class Residents:
         return Resident(version, adapter.digest, folder, fused, fingerprint, replace(seen, seconds=seconds))
 
     async def _fingerprints(self, adapters: Sequence[ServedAdapter | None]) -> list[Fingerprint]:
-        """All at once: one after another, each would wait for a step of its own behind users' requests."""
-        looks = [asyncio.ensure_future(self._engine.fingerprint(adapter)) for adapter in adapters]
-        try:
-            return await asyncio.gather(*looks)
-        finally:  # nothing may still ask for an adapter that is unloaded next
-            for look in looks:
-                look.cancel()
-            await asyncio.gather(*looks, return_exceptions=True)
+        """One of each, in order, LOOKS_AT_A_TIME together."""
+        found: list[Fingerprint] = []
+        for start in range(0, len(adapters), LOOKS_AT_A_TIME):
+            looks = [asyncio.ensure_future(self._engine.fingerprint(adapter)) for adapter in adapters[start : start + LOOKS_AT_A_TIME]]
+            try:
+                found += await asyncio.gather(*looks)
+            finally:  # nothing may still ask for an adapter that is unloaded next
+                for look in looks:
+                    look.cancel()
+                await asyncio.gather(*looks, return_exceptions=True)
+        return found
 
     async def _make_room(self) -> None:
         """Returns once one more adapter fits. Raises VersionRefused (no-room) if every one is needed, or its last requests do not end."""

@@ -16,8 +16,8 @@ PROMPT = "What is this, and what is it for? Name its colour, its brand and its u
 """What fingerprints are taken of: text alone, since adapters of the language model change how every token is read."""
 
 UNLOAD_TRIES = 100
-FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.02, 0.2
-"""Between two looks whether an adapter is read: over several GPUs each look waits for the running step."""
+READ_PAUSE_SECONDS = 0.02
+"""Between two looks whether an adapter is read. A look is answered between two steps, so there is about one a step; over several GPUs it has the next step wait for the running one's end."""
 
 
 class VllmEngine:
@@ -43,10 +43,8 @@ class VllmEngine:
         """Has every worker read the adapter's weights beside its steps, so that `add_lora` only copies them (adapter_worker.py). What fails in it, `add_lora` raises."""
         about = (adapter.engine_name, adapter.lora_id, str(adapter.folder), adapter.fused_experts)
         await self._client.collective_rpc("tuneserve_read_adapter", args=about)
-        pause = FIRST_PAUSE_SECONDS
         while not all(await self._client.collective_rpc("tuneserve_adapter_is_read", args=(adapter.lora_id,))):
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, MOST_PAUSE_SECONDS)
+            await asyncio.sleep(READ_PAUSE_SECONDS)
 
     async def unload(self, lora_id: int) -> None:
         await self._client.collective_rpc("tuneserve_forget_read", args=(lora_id,))  # if it was read and then not loaded

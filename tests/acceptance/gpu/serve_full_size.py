@@ -89,15 +89,18 @@ def start(folder: Path, name: str, command: list[str]) -> subprocess.Popen[bytes
     return child
 
 
-def up(folder: Path, layers: int, adapters: int, versions: int, spread: dict[str, float], port: int, settings: dict[str, Any]) -> dict[str, Any]:
+def up(folder: Path, layers: int, adapters: int, versions: int, spread: dict[str, float], ports: tuple[int, int], settings: dict[str, Any]) -> dict[str, Any]:
+    """`ports`: the replica's and MLflow's."""
+    port, mlflow_port = ports
     began = time.monotonic()
     folders = prepare(folder, layers, adapters + versions, spread)
     os.environ["TUNESERVE_PROJECT"] = str(folder)
     store = f"sqlite:///{folder}/mlflow.db"
-    where = ["--host", "127.0.0.1", "--port", "5005", "--backend-store-uri", store, "--artifacts-destination", str(folder / "mlruns"), "--workers", "1"]
+    where = ["--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1"]
+    where += ["--backend-store-uri", store, "--artifacts-destination", str(folder / "mlruns")]
     start(folder, "mlflow", [sys.executable, "-m", "mlflow", "server", *where])
-    os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:5005"
-    while time.monotonic() - began < READY_SECONDS and not answers("http://127.0.0.1:5005/health"):
+    os.environ["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{mlflow_port}"
+    while time.monotonic() - began < READY_SECONDS and not answers(f"http://127.0.0.1:{mlflow_port}/health"):
         time.sleep(0.5)
     models = register(folder, layers, folders, versions)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(layers, models, {"port": port, **settings})), "utf-8")
@@ -111,8 +114,11 @@ def up(folder: Path, layers: int, adapters: int, versions: int, spread: dict[str
     raise SystemExit("\n".join(f"{path}:\n{path.read_text('utf-8', 'replace')[-4000:]}" for path in logs))
 
 
-def plain(folder: Path, layers: int, port: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """The same server without LoRA engine and plugins, for `bench serve --arm plain=http://127.0.0.1:PORT#glm-4.5v`; its log is plain.log."""
+def plain(folder: Path, layers: int, port: int, settings: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
+    """The same server without LoRA engine and plugins, for `bench serve --arm plain=http://127.0.0.1:PORT#glm-4.5v`; its log is plain.log. `arguments`: more of vLLM's.
+
+    Without LoRA vLLM may choose other kernels for the experts: of FP8 per channel CUTLASS's, which know no LoRA; `--moe-backend triton` has it use the same.
+    """
     from pipeline.recipe import ServingRecipe
     from pipeline.serving.launch import serve_args
 
@@ -121,7 +127,7 @@ def plain(folder: Path, layers: int, port: int, settings: dict[str, Any]) -> dic
     begin, end = args.index("--enable-lora"), args.index("--worker-extension-cls") + 2
     os.environ["VLLM_PLUGINS"] = ""
     booted = time.monotonic()
-    child = start(folder, "plain", [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *args[:begin], *args[end:]])
+    child = start(folder, "plain", [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *args[:begin], *args[end:], *arguments])
     while time.monotonic() - booted < READY_SECONDS and child.poll() is None:
         if answers(f"http://127.0.0.1:{port}/health"):
             return {"boot_seconds": round(time.monotonic() - booted, 1)}
@@ -146,17 +152,23 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--versions", type=int, default=2, help="further ones of the first model, for alias moves")
     parser.add_argument("--strong", action="store_true", help="adapters that change much (see SPREAD)")
+    parser.add_argument("--b-std", type=float, help="standard deviation of the adapters' B, in place of these")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--mlflow-port", type=int, default=5005)
+    parser.add_argument("--vllm", type=str.split, default=[], help="of `plain`: more arguments for vLLM, in one word")
     parser.add_argument("--set", type=json.loads, default={}, help="changed settings of the recipe, as a JSON object")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     spread = STRONG if arguments.strong else SPREAD
+    if arguments.b_std is not None:
+        spread = spread | {"lora_B": arguments.b_std}
     if arguments.what == "adapters":
         print(prepare(arguments.folder, arguments.layers, arguments.adapters, spread))
     elif arguments.what == "plain":
-        print(json.dumps(plain(arguments.folder, arguments.layers, arguments.port, arguments.set)), flush=True)
+        print(json.dumps(plain(arguments.folder, arguments.layers, arguments.port, arguments.set, arguments.vllm)), flush=True)
     else:
-        print(json.dumps(up(arguments.folder, arguments.layers, arguments.adapters, arguments.versions, spread, arguments.port, arguments.set)), flush=True)
+        ports = (arguments.port, arguments.mlflow_port)
+        print(json.dumps(up(arguments.folder, arguments.layers, arguments.adapters, arguments.versions, spread, ports, arguments.set)), flush=True)
 
 
 if __name__ == "__main__":
