@@ -47,6 +47,8 @@ class FakeEngine:
         self.unmapped: tuple[str, ...] = ()
         self.leaks = 0.0
         """How much each loaded adapter moves the base's answers."""
+        self.noise: list[float] = []
+        """How much the base's next answers are off by chance, one after the other."""
         self.slots = 100
         """Of what is loaded, the last so many are in slots."""
         self.asked: list[ServedAdapter | None] = []
@@ -77,7 +79,7 @@ class FakeEngine:
         await asyncio.sleep(0)
         self.looking -= 1
         if adapter is None:
-            return (-1.0, -2.0 + self.leaks * len(self.weights))
+            return (-1.0, -2.0 + self.leaks * len(self.weights) + (self.noise.pop(0) if self.noise else 0.0))
         assert adapter.lora_id in self.weights
         return (-1.0, -2.0) if adapter.version in self.without_effect else (-1.0, -3.0 - int(adapter.digest[:4], 16) / 1e4)
 

@@ -392,6 +392,23 @@ def test_a_version_that_disturbs_others_is_taken_out_again(world, engine):
     run(scenario())
 
 
+def test_what_one_look_shows_by_chance_refuses_nobody(world, engine):
+    async def scenario():
+        follower = world.replica(engine)
+        world.promote("1")
+        await follower.sync(20.0)
+        engine.noise = [0.17, 0.05]
+        world.promote("2")
+        await follower.sync(20.0)
+        assert status(follower)["live"]["version"] == "2" and not engine.noise and engine.unloads == []
+        engine.noise = [0.17, 0.16]
+        world.promote("3")
+        await follower.sync(20.0)
+        assert status(follower)["code"] == "disturbs-others" and status(follower)["live"]["version"] == "2"
+
+    run(scenario())
+
+
 def test_only_what_is_in_slots_is_asked_again(world, engine):
     """More adapters than slots: asking them all would move weights in and out between users' steps."""
     engine.slots = 2
