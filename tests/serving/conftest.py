@@ -51,6 +51,8 @@ class FakeEngine:
         """How much the base's next answers are off by chance, one after the other."""
         self.slots = 100
         """Of what is loaded, the last so many are in slots."""
+        self.unloading: asyncio.Event | None = None
+        """What each unloading waits for, if anything."""
         self.asked: list[ServedAdapter | None] = []
         self.looking, self.most_looking = 0, 0
         """Fingerprints that are being taken; the most that were at once."""
@@ -64,6 +66,8 @@ class FakeEngine:
 
     async def unload(self, lora_id: int) -> None:
         self.unloads.append(lora_id)
+        if self.unloading:
+            await self.unloading.wait()
         self.weights.pop(lora_id, None)
 
     async def loaded(self) -> set[int]:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from pipeline.errors import ServingError
 from pipeline.serving.residents import LOOKS_AT_A_TIME
 from pipeline.serving.traffic import Request
 from pipeline.switch import Disabled
@@ -166,6 +167,48 @@ def test_what_is_forgotten_goes_in_order(world, engine):
             "misses": 0,
             "waits": 0,
         }
+
+    run(scenario())
+
+
+def test_version_that_is_wanted_again_while_it_is_unloaded_is_loaded_again(world, engine):
+    """A name that was given to it meanwhile would lead to weights that are gone a moment later."""
+
+    async def scenario():
+        engine.unloading = asyncio.Event()
+        follower = world.replica(engine, forget_after_seconds=0.0)
+        await follower.start()
+        for number in ("1", "2", "3"):
+            world.promote(number)
+            await until(lambda number=number: status(follower)["live"] and status(follower)["live"]["version"] == number)
+        await until(lambda: engine.unloads == [world.lora_id("1")])
+        world.promote("1")
+        await follower.sync(0.2)
+        assert status(follower)["live"]["version"] == "3"
+        engine.unloading.set()
+        await until(lambda: status(follower)["live"]["version"] == "1")
+        assert world.lora_id("1") in engine.weights and [adapter.version for adapter in engine.loads] == ["1", "2", "3", "1"]
+
+    run(scenario())
+
+
+def test_what_the_engine_cannot_unload_is_still_here(world, engine, monkeypatch):
+    async def scenario():
+        follower = world.replica(engine, forget_after_seconds=0.0)
+        unload, faults = engine.unload, [ServingError("vLLM still holds it")]
+
+        async def unload_at_the_second_try(lora_id):
+            if faults:
+                raise faults.pop()
+            await unload(lora_id)
+
+        monkeypatch.setattr(engine, "unload", unload_at_the_second_try)
+        await follower.start()
+        for number in ("1", "2", "3"):
+            world.promote(number)
+            await until(lambda number=number: status(follower)["live"] and status(follower)["live"]["version"] == number)
+        await until(lambda: world.lora_id("1") not in engine.weights)
+        assert not faults and engine.unloads == [world.lora_id("1")]
 
     run(scenario())
 

@@ -263,8 +263,12 @@ class Residents:
 
     async def _unload(self, resident: Resident) -> None:
         number = lora_id(resident.digest)
-        await self._engine.unload(number)
-        self._held.pop(resident.digest, None)
+        del self._held[resident.digest]  # first: no name may lead to what is on its way out; who wants it now has it loaded again after
+        try:
+            await self._engine.unload(number)
+        except BaseException:
+            self._held[resident.digest] = resident
+            raise
         self._traffic.forgotten(number)
         self._forgotten(resident)
         logger.info("%s: forgotten", resident.source.label, extra={"event": "adapter forgotten", "digest": resident.digest, "model": resident.source.name})
@@ -275,8 +279,8 @@ class Residents:
         for resident in list(self._held.values()):
             if resident.idle_since is not None and now - resident.idle_since >= self._settings.forget_after_seconds:
                 async with self._engine_lock:
-                    since = resident.idle_since  # it may have been wanted again meanwhile
-                    if since is not None and not self._traffic.may_mean(lora_id(resident.digest), since):
+                    since = resident.idle_since  # it may have been wanted again meanwhile, or have gone
+                    if self._held.get(resident.digest) is resident and since is not None and not self._traffic.may_mean(lora_id(resident.digest), since):
                         await self._unload(resident)
             elif fault := self._adapters.damage(resident.digest):
                 await self._mend(resident, fault)
