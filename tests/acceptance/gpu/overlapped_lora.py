@@ -39,25 +39,10 @@ def _launch(
     widths, padding = [each.shape[-2] for each in b], shrink_expand.MOST_SLICES - len(a)
     tiles = (count + min(groups, count) * (shape.rows - 1)) // shape.rows
     parts = _buffer(tiles * slices * shape.shares * shape.rows * rank, x.device)
+    pointers = [*a, *[a[0]] * padding, *b, *[b[0]] * padding, *widths, *[0] * padding, parts, parts]  # no half counts arrivals, so any address will do
+    where = (tokens, lora_ids, lora_tokens, lora_starts, x.stride(0), y.stride(0))
     shrink_expand._shrink_expand[(shape.shares, tiles)](
-        *(
-            x,
-            y,
-            *a,
-            *[a[0]] * padding,
-            *b,
-            *[b[0]] * padding,
-            *widths,
-            *[0] * padding,
-            parts,
-            parts,
-            tokens,
-            lora_ids,
-            lora_tokens,
-            lora_starts,
-            x.stride(0),
-            y.stride(0),
-        ),
+        *(x, y, *pointers, *where),
         **shrink_expand.constants(count, inputs, widths, rank=rank, groups=groups, shape=shape),
         SHRINKS=shrinks,
         EXPANDS=not shrinks,
@@ -100,15 +85,10 @@ def end(
     if no_lora.item():
         return
     if not _ours(x, a):
-        shrink_expand_by_vllm(y, x, a, b, tokens, lora_tokens, lora_starts, lora_ids, no_lora)
-        return
+        raise RuntimeError("steps of more tokens than our kernel takes are not for this experiment: set max_num_batched_tokens to 512")
     if side := _side():
         torch.cuda.current_stream().wait_stream(side)
     _launch(y, x, a, b, tokens, lora_tokens, lora_starts, lora_ids, shrinks=False)
-
-
-def shrink_expand_by_vllm(*_: Any) -> None:
-    raise RuntimeError("steps of more tokens than our kernel takes are not for this experiment: set max_num_batched_tokens to 512")
 
 
 def register() -> None:
