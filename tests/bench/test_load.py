@@ -1,6 +1,7 @@
 """A closed loop against a server in this process: what is sent, when its parts came, and what is told of what fails."""
 
 import asyncio
+import gc
 
 import pytest
 
@@ -64,6 +65,16 @@ def test_what_fails_says_why_and_is_not_asked_again(fault: str, said: str) -> No
     answers = load(server, concurrency=1)
     assert [answer.ok for answer in answers] == [True, False, True, True] and len(server.bodies) == 4
     assert said in str(answers[1].error)
+
+
+def test_the_collector_leaves_alone_what_was_there_while_requests_are_timed() -> None:
+    async def run() -> tuple[int, int]:
+        async with connections({}):
+            left_alone = gc.get_freeze_count()
+            return left_alone, sum(gc.get_count())
+
+    (left_alone, to_go_through), after = asyncio.run(run()), gc.get_freeze_count()
+    assert left_alone > 10_000 > to_go_through and after == 0
 
 
 def test_a_server_that_is_gone_fails_every_request() -> None:
