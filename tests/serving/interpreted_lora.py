@@ -1,8 +1,10 @@
 """A process of its own whose Triton kernels are interpreted, which is decided as Triton is imported: prints how far shrink_expand.py's are off float64, a JSON object of one case a line.
 
-`python -m tests.serving.interpreted_lora` calls the kernel; with `--vllm` vLLM's GPU wrapper with our hook (gpu_lora.py) does, on the CPU.
+`python -m tests.serving.interpreted_lora` calls the kernel; with `--vllm` vLLM's GPU wrapper with our hook (gpu_lora.py) does, on the CPU, and then vLLM's layers do; with `--order` it
+prints in which order torch.compile leaves what these layers do.
 """
 
+import functools
 import json
 import os
 import sys
@@ -43,18 +45,77 @@ def expected(y, x, a, b, slots_of_tokens, onto):
     return result
 
 
-def through_vllm(y, x, a, b, slots_of_tokens, slots, onto):
+def wrapper_of(slots):
     from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
     from vllm.lora.punica_wrapper import punica_gpu
 
     punica_gpu.LoRAKernelMeta = LoRAKernelMeta  # which it imports where Triton has a GPU
     config = SimpleNamespace(max_loras=slots, specialize_active_lora=False, fully_sharded_loras=False)
-    wrapper = punica_gpu.PunicaWrapperGPU(4096, 256, "cpu", lora_config=config)
+    return punica_gpu.PunicaWrapperGPU(4096, 256, "cpu", lora_config=config)
+
+
+def through_vllm(y, x, a, b, slots_of_tokens, slots, onto):
+    wrapper = wrapper_of(slots)
     wrapper.token_mapping_meta.prepare_tensors(slots_of_tokens.int())
     wrapper.add_lora_linear(y, x, tuple(a), tuple(b), 1.0, tuple(each.shape[-2] for each in b), **({} if onto else {"add_inputs": False}))
 
 
+def layer_of(wrapper, a, b, product):
+    """vLLM's layer with adapters, around `product` of a base's layer."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    layer = BaseLinearLayerWithLoRA.__new__(BaseLinearLayerWithLoRA)
+    torch.nn.Module.__init__(layer)
+    layer._enable_aux_cuda_stream, layer.tp_size = False, 1
+    layer.punica_wrapper, layer.lora_a_stacked, layer.lora_b_stacked = wrapper, tuple(a), tuple(b)
+    layer.output_slices = tuple(each.shape[-2] for each in b)
+    layer.base_layer = SimpleNamespace(quant_method=SimpleNamespace(apply=lambda _, x, __: product(x)))
+    return layer
+
+
+def through_layer(y, x, a, b, slots_of_tokens, slots):
+    """What the layer puts out where the base's puts out y; and then, of the same rows without an adapter."""
+    from vllm.lora.layers.utils import LoRAMapping
+
+    wrapper, outputs = wrapper_of(slots), []
+    layer = layer_of(wrapper, a, b, lambda _: y.clone())
+    for of_row in ((slots_of_tokens + 1).tolist(), [0] * len(y)):
+        wrapper.update_metadata(LoRAMapping(tuple(of_row), (0,), is_prefill=True), [slot + 1 for slot in range(slots)], slots, 100)
+        layer.tp_size = 1
+        outputs.append(layer.apply(x))
+        layer.tp_size = 2
+        assert torch.equal(layer.apply(x), outputs[-1]), "over several GPUs, where adapters come after the base's product"
+    return outputs
+
+
+def print_order():
+    """Of two layers of an attention and what is between: the operators that torch.compile's backend generates code for."""
+    gpu_lora.install()
+    product = torch.library.custom_op("tuneserve_tests::product", lambda x, w: x @ w, mutates_args=(), schema="(Tensor x, Tensor w) -> Tensor")
+    product.register_fake(lambda x, w: x.new_empty(x.shape[0], w.shape[1]))
+    wrapper, layers = wrapper_of(2), []
+    for inputs, widths in ((512, (256, 64)), (320, (512,))) * 2:
+        a, b = [torch.randn(2, 1, 16, inputs) for _ in widths], [torch.randn(2, 1, width, 16) for width in widths]
+        layers.append(layer_of(wrapper, a, b, functools.partial(product, w=torch.randn(inputs, sum(widths)))))
+
+    def forward(x):
+        for qkv_proj, o_proj in zip(layers[::2], layers[1::2], strict=True):
+            q, k = qkv_proj.apply(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True))).split([256, 64], -1)
+            x = x + o_proj.apply(torch.cat([q.sin(), k.cos()], -1))
+        return x
+
+    def print_and_stop(graph):
+        calls = [node for node in graph.nodes if node.op == "call_function"]
+        print(json.dumps([str(node.args[0] if "auto_functionalized" in str(node.target) else node.target) for node in calls]), flush=True)
+        os._exit(0)
+
+    torch._inductor.config.post_grad_custom_post_pass = print_and_stop
+    torch.compile(forward, dynamic=True, fullgraph=True)(torch.randn(5, 512))
+
+
 def main():
+    if "--order" in sys.argv:
+        print_order()
     vllm = "--vllm" in sys.argv
     if vllm:
         gpu_lora.install()
@@ -65,6 +126,10 @@ def main():
         slots_of_tokens = torch.randint(-1, slots, (tokens,)) if tokens > 1 else torch.tensor([1])
         wanted = expected(y, x, a, b, slots_of_tokens, onto)
         if vllm:
+            if onto:
+                changed, unchanged = through_layer(y, x, a, b, slots_of_tokens, slots)
+                assert torch.equal(unchanged, y) and torch.equal(changed[slots_of_tokens < 0], y[slots_of_tokens < 0])
+                assert (changed - wanted).norm() < 1e-5 * wanted.norm()
             through_vllm(y, x, a, b, slots_of_tokens, slots, onto)
         else:
             shrink_expand.add(y, x, a, b, *meta(slots_of_tokens, slots), onto=onto)

@@ -53,6 +53,7 @@ from vllm.entrypoints.serve.engine.serving import BaseServing  # noqa: E402
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response  # noqa: E402
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError  # noqa: E402
 from vllm.logprobs import Logprob  # noqa: E402
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA  # noqa: E402
 from vllm.lora.ops.torch_ops import lora_ops  # noqa: E402
 from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op  # noqa: E402
 from vllm.lora.ops.triton_ops import utils as triton_utils  # noqa: E402
@@ -263,6 +264,15 @@ def test_our_kernel_takes_the_place_of_vllms():
     assert len(cases) > 3 and [case for case in cases if case["far"] > 1e-5] == []
 
 
+def test_adapters_are_begun_before_the_base_and_ended_after_it():
+    """torch.compile keeps the order, without which they would wait for the base, and what one reader adds is left to the kernel of that reader."""
+    run = subprocess.run([sys.executable, "-m", "tests.serving.interpreted_lora", "--order"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    ours = ("lora_begin.", "product.", "lora_end.", "lora_end_onto.", "where.")
+    steps = [name for target in json.loads(run.stdout.splitlines()[-1]) for name in ours if name in target]
+    assert steps == ["lora_begin.", "product.", "lora_end_onto.", "lora_begin.", "product.", "lora_end.", "where."] * 2
+
+
 def test_what_our_kernel_does_not_take_goes_to_vllms_two_operators():
     meta = [
         "token_lora_mapping",
@@ -277,6 +287,7 @@ def test_what_our_kernel_does_not_take_goes_to_vllms_two_operators():
     assert list(inspect.signature(lora_expand_op._lora_expand).parameters) == ["inputs", "lora_b_weights", "output_tensor", *meta, "offset_start", "add_inputs"]
     ours = ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs"]
     assert list(inspect.signature(PunicaWrapperGPU.add_lora_linear).parameters) == ours
+    assert list(inspect.signature(BaseLinearLayerWithLoRA._apply_sync).parameters) == ["self", "x", "bias"]
     assert "VLLM_PLUGINS" in envs.compile_factors(), "a cached graph without our operator is not taken for one with it"
 
 

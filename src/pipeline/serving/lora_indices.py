@@ -48,12 +48,12 @@ def slots_of(adapters: Sequence[int], slot_adapters: Sequence[int | None]) -> Sl
 def groups_of(slots: Slots, most: int) -> list[NDArray[np.int32]]:
     """As LoRAKernelMeta has it for kernels: each row's slot; rows sorted by slot; each slot in use, and NO_SLOT, with its number of rows; and where its rows begin among the sorted.
 
-    The last three are padded to `most` groups; there are none where no row has an adapter.
+    The last three are padded to `most` groups. Where no row has an adapter there are none, and no sorted rows.
     """
     ids, counts, starts = np.full(most, NO_SLOT, np.int32), np.zeros(most, np.int32), np.zeros(most + 1, np.int32)
     numbers = np.bincount(slots - NO_SLOT)
     if not numbers[1:].any():
-        return [np.empty(0, np.int32), np.empty(0, np.int32), ids, counts, starts]
+        return [slots.astype(np.int32), np.empty(0, np.int32), ids, counts, starts]
     present = numbers.nonzero()[0]
     ids[: len(present)], counts[: len(present)], starts[1 : 1 + len(present)] = present + NO_SLOT, numbers[present], numbers[present].cumsum()
     return [slots.astype(np.int32), slots.astype(np.int16).argsort(kind="stable").astype(np.int32), ids, counts, starts]

@@ -5,7 +5,7 @@ While answers are made a launch takes longer than its work, and longer steps are
 Tokens are sorted by adapter and cut into tiles of one adapter's; `shares` programs work on a tile. Each multiplies its share of x with its share of A and writes what comes of it. When all
 of the tile have arrived, each adds those parts up, in a fixed order, so that the same input gives the same output, and expands its share of the columns. To be waited for, a tile's programs
 must all run or have run: there are at most 64, a GPU runs hundreds at a time, and starts them in the order of their numbers, in which a tile's stand together. (That order is not in CUDA's
-specification; CUB's scans, which wait for earlier blocks, rely on it too.) Sums are in float32, x A and its product with B are rounded to x's type as in vLLM.
+specification; CUB's scans, which wait for earlier blocks, rely on it too. Beside another kernel they start as that one's programs end, which wait for none of theirs.) Sums are in float32, x A and its product with B are rounded to x's type as in vLLM.
 
 Triton's interpreter ($TRITON_INTERPRET=1), which runs programs one after the other, gets both halves as two launches.
 """
@@ -27,6 +27,8 @@ LEAST_DOT = 16
 """tl.dot's shortest inner dimension, for two-byte numbers."""
 REDUCED = 4096
 """Numbers that a program adds up at a time: what its registers hold."""
+ADDED = 1024
+"""Columns of a program that adds."""
 HOPPER = (9, 0)
 """The first compute capability with programmatic dependent launches, which start a kernel while the one before it ends."""
 
@@ -47,13 +49,15 @@ class Shape(NamedTuple):
 
 
 SHAPES = (
-    (4, Shape(rows=4, shares=64, columns=256, inner=128, warps=4, stages=2)),
-    (64, Shape(rows=4, shares=32, columns=512, inner=128, warps=2, stages=2)),
+    (4, Shape(rows=4, shares=16, columns=512, inner=128, warps=4, stages=3)),
+    (16, Shape(rows=16, shares=8, columns=512, inner=128, warps=4, stages=3)),
+    (64, Shape(rows=16, shares=16, columns=512, inner=128, warps=4, stages=3)),
     (384, Shape(rows=32, shares=16, columns=512, inner=64, warps=4, stages=3)),
     (1024, Shape(rows=32, shares=8, columns=512, inner=64, warps=4, stages=3)),
     (MOST_TILES * 16, Shape(rows=32, shares=4, columns=512, inner=64, warps=4, stages=3)),
 )
-"""By the most tokens of a step, what is fastest of these: tests/acceptance/gpu/compare_lora.py on an H100, GLM-4.5V's attention, rank 16, one and eight adapters."""
+"""By the most tokens of a step, what has a layer end soonest that works out the base's product meanwhile, of GLM-4.5V's attention in FP8 on an H200, rank 16, one and eight adapters: for answers few
+programs, which leave the GPU to that product; in longer steps, where it takes the whole GPU, what is fastest by itself (docs/benchmarks.md)."""
 
 
 @triton.jit
@@ -229,6 +233,15 @@ def _shrink_expand(
             tl.store(place, old + change, inside)
 
 
+@triton.jit
+def _add_rows(y, change, slots, y_stride, change_stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place, inside = y + row * y_stride + column, column < width
+    changed = tl.load(place, inside) + tl.load(change + row * change_stride + column, inside)  # read together with the slot, not after it
+    tl.store(place, changed, inside & (tl.load(slots + row) >= 0))
+
+
 HALVES = ((True, False), (False, True)) if triton.knobs.runtime.interpret else ((True, True),)
 """What each launch does, shrinking and expanding."""
 
@@ -254,8 +267,8 @@ def _inner(inputs: int, shape: Shape) -> int:
 
 
 @cache
-def _arrivals(device: torch.device, shares: int) -> Tensor:
-    """How many programs of each tile have arrived, ever. Of each number of shares its own, as a count must be a multiple of it between launches."""
+def _arrivals(device: torch.device, shares: int, early: bool) -> Tensor:
+    """How many programs of each tile have arrived, ever. Of each number of shares its own, as a count must be a multiple of it between launches; and launches beside others their own (not `early`)."""
     return torch.zeros(MOST_TILES, dtype=torch.int64, device=device)
 
 
@@ -275,13 +288,14 @@ def add(
     lora_ids: Tensor,
     *,
     onto: bool = True,
+    early: bool = True,
     shape: Shape | None = None,
 ) -> None:
-    """y += x A B, or y = x A B if not `onto`, for every token with an adapter; the rows of others stay as they are.
+    """y += x A B, or y = x A B if not `onto`, for every token with an adapter; the rows of others stay as they are. `early`: begins while the kernel before it on this stream ends.
 
     `x`: [tokens, inputs]; `y`: [tokens, outputs of all slices side by side]; `a` and `b` by slice: [slots, 1, rank, inputs] and [slots, 1, outputs, rank], contiguous. The rest is how vLLM
     says which token has which adapter (LoRAKernelMeta), int32: `tokens`, sorted by slot; for each slot that is in use, and -1 (none), `lora_ids`, how many tokens (`lora_tokens`), and where
-    in `tokens` they begin (`lora_starts`). Sizes must be `supported`. One at a time on a device: launches share their counts.
+    in `tokens` they begin (`lora_starts`). Sizes must be `supported`. Of `early` launches, and of the others, one at a time on a device: they share their counts.
     """
     count, inputs = x.shape
     slices, rank, groups = len(a), a[0].shape[-2], lora_ids.numel()
@@ -301,7 +315,7 @@ def add(
             *widths,
             *[0] * padding,
             parts,
-            _arrivals(x.device, shape.shares),
+            _arrivals(x.device, shape.shares, early),
             tokens,
             lora_ids,
             lora_tokens,
@@ -312,10 +326,16 @@ def add(
             SHRINKS=shrinks,
             EXPANDS=expands,
             ADD=onto,
-            launch_pdl=_launches_dependently(x.device),
+            launch_pdl=early and _launches_dependently(x.device),
             num_warps=shape.warps,
             num_stages=shape.stages,
         )
+
+
+def add_rows(y: Tensor, change: Tensor, slots: Tensor) -> None:
+    """y += change, both [tokens, outputs], in the rows whose slot is not -1."""
+    rows, width = y.shape
+    _add_rows[(rows, triton.cdiv(width, ADDED))](y, change, slots, y.stride(0), change.stride(0), width, BLOCK=ADDED)
 
 
 def constants(tokens: int, inputs: int, widths: Sequence[int], *, rank: int, groups: int, shape: Shape) -> dict[str, int | bool]:

@@ -57,12 +57,14 @@ def recipe_of(layers: int, models: list[str], settings: dict[str, Any]) -> dict[
     return shipped | {"name": f"layers-{layers}", "base_model": f"models/layers-{layers}", "follow": models} | settings | {"lora": lora}
 
 
-def prepare(folder: Path, layers: int, adapters: int, spread: dict[str, float] = SPREAD) -> list[Path]:
+def prepare(folder: Path, layers: int, adapters: int, spread: dict[str, float] = SPREAD, faint: int | None = None) -> list[Path]:
+    """Base and adapters; that of number `faint` changes a tenth of what the others do: what a batch costs with it is not due to the experts that it chooses."""
     base = folder / "models" / f"layers-{layers}"
     if not base.is_dir():
         write(base, layers)
         know_digests(base, Project(folder).bases / "digests.json")
-    return [write_adapter(folder / "adapters" / f"a{number}", layers, number, spread) for number in range(adapters)]
+    spreads = [spread | {"lora_B": spread["lora_B"] / 10} if number == faint else spread for number in range(adapters)]
+    return [write_adapter(folder / "adapters" / f"a{number}", layers, number, each) for number, each in enumerate(spreads)]
 
 
 def register(folder: Path, layers: int, adapters: list[Path], versions: int) -> list[str]:
@@ -89,11 +91,10 @@ def start(folder: Path, name: str, command: list[str]) -> subprocess.Popen[bytes
     return child
 
 
-def up(folder: Path, layers: int, adapters: int, versions: int, spread: dict[str, float], ports: tuple[int, int], settings: dict[str, Any]) -> dict[str, Any]:
+def up(folder: Path, layers: int, adapters: list[Path], versions: int, ports: tuple[int, int], settings: dict[str, Any]) -> dict[str, Any]:
     """`ports`: the replica's and MLflow's."""
     port, mlflow_port = ports
     began = time.monotonic()
-    folders = prepare(folder, layers, adapters + versions, spread)
     os.environ["TUNESERVE_PROJECT"] = str(folder)
     store = f"sqlite:///{folder}/mlflow.db"
     where = ["--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1"]
@@ -102,7 +103,7 @@ def up(folder: Path, layers: int, adapters: int, versions: int, spread: dict[str
     os.environ["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{mlflow_port}"
     while time.monotonic() - began < READY_SECONDS and not answers(f"http://127.0.0.1:{mlflow_port}/health"):
         time.sleep(0.5)
-    models = register(folder, layers, folders, versions)
+    models = register(folder, layers, adapters, versions)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(layers, models, {"port": port, **settings})), "utf-8")
     booted = time.monotonic()
     child = start(folder, "serve", [sys.executable, "-m", "pipeline.cli", "serve", "recipe.yaml"])
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--versions", type=int, default=2, help="further ones of the first model, for alias moves")
     parser.add_argument("--strong", action="store_true", help="adapters that change much (see SPREAD)")
     parser.add_argument("--b-std", type=float, help="standard deviation of the adapters' B, in place of these")
+    parser.add_argument("--faint", action="store_true", help="the last model's adapter changes a tenth of what the others' do")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--mlflow-port", type=int, default=5005)
     parser.add_argument("--vllm", type=str.split, default=[], help="of `plain`: more arguments for vLLM, in one word")
@@ -168,7 +170,9 @@ def main() -> None:
         print(json.dumps(plain(arguments.folder, arguments.layers, arguments.port, arguments.set, arguments.vllm)), flush=True)
     else:
         ports = (arguments.port, arguments.mlflow_port)
-        print(json.dumps(up(arguments.folder, arguments.layers, arguments.adapters, arguments.versions, spread, ports, arguments.set)), flush=True)
+        faint = arguments.adapters - 1 if arguments.faint else None
+        adapters = prepare(arguments.folder, arguments.layers, arguments.adapters + arguments.versions, spread, faint)
+        print(json.dumps(up(arguments.folder, arguments.layers, adapters, arguments.versions, ports, arguments.set)), flush=True)
 
 
 if __name__ == "__main__":
