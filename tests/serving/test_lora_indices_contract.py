@@ -1,4 +1,4 @@
-"""lora_indices.py fills vLLM's buffers as vLLM does, and says of each row that it has no adapter where none has one, which vLLM leaves out."""
+"""lora_indices.py fills vLLM's buffers as vLLM does, and says of each row without an adapter that it has none: also where no row has one, and of rows that a step has no tokens for."""
 
 import numpy as np
 import pytest
@@ -32,8 +32,7 @@ def test_our_indices_are_vllms(counts, monkeypatch):
         mapping = LoRAMapping(tuple(answers.repeat(dice.integers(1, 8, len(answers)))), tuple(answers), is_prefill=True)
         PunicaWrapperGPU.update_metadata(theirs, mapping, slots, 9, 100)
         for meta, rows in ((theirs.token_mapping_meta, mapping.index_mapping), (theirs.prompt_mapping_meta, mapping.prompt_mapping)):
-            if not any(rows):
-                meta.token_lora_mapping[: len(rows)] = -1
+            meta.token_lora_mapping[len(rows) if any(rows) else 0 :] = -1
         lora_indices.update_metadata(ours, mapping, slots, 9, 100)
         assert ours.indices_len == theirs.indices_len and ours.is_prefill == theirs.is_prefill
         for one, other in zip(buffers_of(ours), buffers_of(theirs), strict=True):
@@ -58,11 +57,11 @@ def test_an_adapter_without_a_slot_is_an_error(adapter):
 
 
 def test_rows_are_grouped_by_slot_and_stay_in_order_within_one():
-    rows, order, ids, counts, starts = groups_of(np.array([2, -1, 0, 2]), 5)
-    assert rows.tolist() == [2, -1, 0, 2] and order.tolist() == [1, 2, 0, 3]
+    rows, order, ids, counts, starts = groups_of(np.array([2, -1, 0, 2]), 6, 5)
+    assert rows.tolist() == [2, -1, 0, 2, -1, -1] and order.tolist() == [1, 2, 0, 3]
     assert (ids.tolist(), counts.tolist(), starts.tolist()) == ([-1, 0, 2, -1, -1], [1, 1, 2, 0, 0], [0, 1, 2, 4, 0, 0])
 
 
 def test_without_any_adapter_there_are_no_groups():
-    rows, order, ids, counts, starts = groups_of(np.array([-1, -1]), 3)
-    assert (rows.tolist(), len(order), ids.tolist(), counts.tolist(), starts.tolist()) == ([-1, -1], 0, [-1, -1, -1], [0, 0, 0], [0, 0, 0, 0])
+    rows, order, ids, counts, starts = groups_of(np.array([-1, -1]), 3, 3)
+    assert (rows.tolist(), len(order), ids.tolist(), counts.tolist(), starts.tolist()) == ([-1, -1, -1], 0, [-1, -1, -1], [0, 0, 0], [0, 0, 0, 0])

@@ -37,7 +37,7 @@ def test_every_token_gets_its_own_adapter():
         (16, 4096, 128, 1),
         (16, 4096, 16, 4),
         (16, 4100, 16, 3),
-        (16, 64, 16, 3),
+        (16, 256, 16, 3),
         (2048, 12288, 16, 1),
         (2**18, 4096, 16, 3),
         (0, 4096, 16, 3),
@@ -56,14 +56,15 @@ def test_it_is_for_glm_on_one_gpu_and_two(gpus):
 
 def test_programs_that_wait_for_one_another_fit_a_gpu_at_once():
     """An A100 has 108 multiprocessors, each of which runs one program at least."""
-    assert max(shape.shares for _, shape in shrink_expand.SHAPES) <= 108
-    assert all(shape.shares & (shape.shares - 1) == 0 for _, shape in shrink_expand.SHAPES)
+    shapes = [shape for _, shape in (*shrink_expand.SHAPES, *shrink_expand.BESIDE_SHAPES)]
+    assert max(shape.shares for shape in shapes) <= 108
+    assert all(shape.shares & (shape.shares - 1) == 0 for shape in shapes)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("tokens", "layer"), [(1, 0), (16, 1), (1024, 0)])
-def test_it_can_be_built_for_ampere_and_hopper(tokens, layer, capability):
-    kernel, (inputs, widths), shape = shrink_expand._shrink_expand, GLM[layer], shrink_expand.shape_for(tokens)
+@pytest.mark.parametrize(("tokens", "layer", "beside"), [(1, 0, False), (1, 1, True), (16, 1, False), (16, 0, True), (64, 1, True), (1024, 0, False)])
+def test_it_can_be_built_for_ampere_and_hopper(tokens, layer, beside, capability):
+    kernel, (inputs, widths), shape = shrink_expand._shrink_expand, GLM[layer], shrink_expand.shape_for(tokens, beside)
     constants = shrink_expand.constants(tokens, inputs, widths, rank=16, groups=9, shape=shape) | {"SHRINKS": True, "EXPANDS": True, "ADD": True}
     constants["launch_pdl"] = capability >= 90
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in kernel.arg_names}

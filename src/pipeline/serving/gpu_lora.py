@@ -1,7 +1,7 @@
 """On an NVIDIA GPU, has vLLM 0.32 apply adapters of linear layers by one kernel of ours (shrink_expand.py) instead of three of its own, beside the base's work; `register` does it.
 
 What an adapter changes, x A B, needs nothing of the base's product x W, which takes far longer. So it is worked out meanwhile on a stream of its own, and added afterwards to the rows that have an
-adapter: by torch.compile in the kernel that reads the layer's output next, so that it is no launch of its own; or, where several read it (q, k and v), by a kernel that only steps with adapters have.
+adapter: where vLLM compiles, in the kernel that reads the layer's output next, so that it is no launch of its own; or, where several read it (q, k and v), by a kernel that only steps with adapters have.
 
 Private parts of vLLM replaced here, nowhere else: `BaseLinearLayerWithLoRA._apply_sync`, by operators that torch.compile does not look into (`tuneserve_lora_begin`, `..._end`, `..._end_onto`); and, for
 layers that come to their output another way, `PunicaWrapperGPU.add_lora_linear` (`tuneserve_lora_linear`). What the kernel does not take goes to vLLM's own two operators, as before.
@@ -43,7 +43,7 @@ def lora_linear(
     no_lora: Tensor,
     active_loras: Tensor,
     onto: bool,
-    early: bool = True,
+    beside: bool = False,
 ) -> None:
     """shrink_expand.add, or what vLLM does where that is not for such a step."""
     from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op
@@ -51,7 +51,7 @@ def lora_linear(
     if no_lora.item():
         return
     if shrink_expand.supported(x.shape[0], x.shape[1], a[0].shape[-2], len(a)):
-        shrink_expand.add(y, x, a, b, tokens, lora_tokens, lora_starts, lora_ids, onto=onto, early=early)
+        shrink_expand.add(y, x, a, b, tokens, lora_tokens, lora_starts, lora_ids, onto=onto, beside=beside)
         return
     meta = (token_slots, tokens, lora_tokens, lora_starts, lora_ids, no_lora, active_loras)
     shrunk = torch.empty((len(a), x.shape[0], a[0].shape[-2]), dtype=torch.float32, device=x.device)
@@ -80,7 +80,7 @@ def lora_begin(
     """change = x A B in the rows that have an adapter: worked out beside what follows, to be read after `lora_end`."""
     if no_lora.item():
         return
-    work = functools.partial(lora_linear, change, x, a, b, token_slots, tokens, lora_tokens, lora_starts, lora_ids, no_lora, active_loras, False, False)
+    work = functools.partial(lora_linear, change, x, a, b, token_slots, tokens, lora_tokens, lora_starts, lora_ids, no_lora, active_loras, False, True)
     if x.is_cuda:
         side = _side(x.device)
         side.wait_stream(torch.cuda.current_stream(x.device))

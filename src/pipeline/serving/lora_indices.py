@@ -45,18 +45,21 @@ def slots_of(adapters: Sequence[int], slot_adapters: Sequence[int | None]) -> Sl
     return found
 
 
-def groups_of(slots: Slots, most: int) -> list[NDArray[np.int32]]:
+def groups_of(slots: Slots, rows: int, most: int) -> list[NDArray[np.int32]]:
     """As LoRAKernelMeta has it for kernels: each row's slot; rows sorted by slot; each slot in use, and NO_SLOT, with its number of rows; and where its rows begin among the sorted.
 
-    The last three are padded to `most` groups. Where no row has an adapter there are none, and no sorted rows.
+    The first is of all `rows` that there is room for, as a step may be run with more than it has; the last three are padded to `most` groups. Where no row has an adapter there are no groups
+    and no sorted rows.
     """
+    each = np.full(rows, NO_SLOT, np.int32)
+    each[: len(slots)] = slots
     ids, counts, starts = np.full(most, NO_SLOT, np.int32), np.zeros(most, np.int32), np.zeros(most + 1, np.int32)
     numbers = np.bincount(slots - NO_SLOT)
     if not numbers[1:].any():
-        return [slots.astype(np.int32), np.empty(0, np.int32), ids, counts, starts]
+        return [each, np.empty(0, np.int32), ids, counts, starts]
     present = numbers.nonzero()[0]
     ids[: len(present)], counts[: len(present)], starts[1 : 1 + len(present)] = present + NO_SLOT, numbers[present], numbers[present].cumsum()
-    return [slots.astype(np.int32), slots.astype(np.int16).argsort(kind="stable").astype(np.int32), ids, counts, starts]
+    return [each, slots.astype(np.int16).argsort(kind="stable").astype(np.int32), ids, counts, starts]
 
 
 def update_metadata(wrapper: Any, mapping: Any, lora_index_to_id: Sequence[int | None], max_loras: int, vocab_size: int, **_: Any) -> None:
@@ -70,7 +73,7 @@ def update_metadata(wrapper: Any, mapping: Any, lora_index_to_id: Sequence[int |
     wrapper.indices_len[:] = map(len, rows)
     parts, places = [], []
     for meta, slots in ((wrapper.token_mapping_meta, tokens), (wrapper.prompt_mapping_meta, answers)):
-        groups = groups_of(slots, meta.active_lora_ids.numel())
+        groups = groups_of(slots, meta.token_lora_mapping.numel(), meta.active_lora_ids.numel())
         parts += groups
         places += [meta.token_lora_mapping, meta.token_indices_sorted_by_lora_ids, meta.active_lora_ids, meta.num_tokens_per_lora, meta.lora_token_start_loc]
         active = int((groups[3] > 0).sum())

@@ -49,15 +49,21 @@ class Shape(NamedTuple):
 
 
 SHAPES = (
-    (4, Shape(rows=4, shares=16, columns=512, inner=128, warps=4, stages=3)),
-    (16, Shape(rows=16, shares=8, columns=512, inner=128, warps=4, stages=3)),
-    (64, Shape(rows=16, shares=16, columns=512, inner=128, warps=4, stages=3)),
+    (4, Shape(rows=4, shares=64, columns=256, inner=128, warps=4, stages=2)),
+    (64, Shape(rows=4, shares=32, columns=512, inner=128, warps=2, stages=2)),
     (384, Shape(rows=32, shares=16, columns=512, inner=64, warps=4, stages=3)),
     (1024, Shape(rows=32, shares=8, columns=512, inner=64, warps=4, stages=3)),
     (MOST_TILES * 16, Shape(rows=32, shares=4, columns=512, inner=64, warps=4, stages=3)),
 )
-"""By the most tokens of a step, what has a layer end soonest that works out the base's product meanwhile, of GLM-4.5V's attention in FP8 on an H200, rank 16, one and eight adapters: for answers few
-programs, which leave the GPU to that product; in longer steps, where it takes the whole GPU, what is fastest by itself (docs/benchmarks.md)."""
+"""By the most tokens of a step, what is fastest of these: tests/acceptance/gpu/compare_lora.py on an H100, GLM-4.5V's attention, rank 16, one and eight adapters."""
+BESIDE_SHAPES = (
+    (4, Shape(rows=4, shares=16, columns=512, inner=128, warps=4, stages=3)),
+    (16, Shape(rows=16, shares=8, columns=512, inner=128, warps=4, stages=3)),
+    (64, Shape(rows=16, shares=16, columns=512, inner=128, warps=4, stages=3)),
+    *SHAPES[2:],
+)
+"""The same beside other work, as the base's product is: what has that and this end soonest, of the same attention in FP8 on an H200 (docs/benchmarks.md). For answers few programs, which leave the
+GPU to the product; in longer steps, where it takes the whole GPU, what is fastest by itself."""
 
 
 @triton.jit
@@ -246,8 +252,8 @@ HALVES = ((True, False), (False, True)) if triton.knobs.runtime.interpret else (
 """What each launch does, shrinking and expanding."""
 
 
-def shape_for(tokens: int) -> Shape:
-    return next(shape for most, shape in SHAPES if tokens <= most)
+def shape_for(tokens: int, beside: bool = False) -> Shape:
+    return next(shape for most, shape in (BESIDE_SHAPES if beside else SHAPES) if tokens <= most)
 
 
 def supported(tokens: int, inputs: int, rank: int, slices: int) -> bool:
@@ -257,7 +263,7 @@ def supported(tokens: int, inputs: int, rank: int, slices: int) -> bool:
         return False
     if not 1 <= tokens <= SHAPES[-1][0] or not LEAST_DOT <= rank <= 64 or not power_of_two or not 1 <= slices <= MOST_SLICES:
         return False
-    return _inner(inputs, shape_for(tokens)) >= LEAST_DOT
+    return min(_inner(inputs, shape_for(tokens, beside)) for beside in (False, True)) >= LEAST_DOT
 
 
 def _inner(inputs: int, shape: Shape) -> int:
@@ -267,8 +273,8 @@ def _inner(inputs: int, shape: Shape) -> int:
 
 
 @cache
-def _arrivals(device: torch.device, shares: int, early: bool) -> Tensor:
-    """How many programs of each tile have arrived, ever. Of each number of shares its own, as a count must be a multiple of it between launches; and launches beside others their own (not `early`)."""
+def _arrivals(device: torch.device, shares: int, beside: bool) -> Tensor:
+    """How many programs of each tile have arrived, ever. Of each number of shares its own, as a count must be a multiple of it between launches; and launches `beside` others theirs."""
     return torch.zeros(MOST_TILES, dtype=torch.int64, device=device)
 
 
@@ -288,18 +294,19 @@ def add(
     lora_ids: Tensor,
     *,
     onto: bool = True,
-    early: bool = True,
+    beside: bool = False,
     shape: Shape | None = None,
 ) -> None:
-    """y += x A B, or y = x A B if not `onto`, for every token with an adapter; the rows of others stay as they are. `early`: begins while the kernel before it on this stream ends.
+    """y += x A B, or y = x A B if not `onto`, for every token with an adapter; the rows of others stay as they are. It begins while the kernel before it on this stream
+    ends, or, if `beside`, after it, and is cut for other work beside it.
 
     `x`: [tokens, inputs]; `y`: [tokens, outputs of all slices side by side]; `a` and `b` by slice: [slots, 1, rank, inputs] and [slots, 1, outputs, rank], contiguous. The rest is how vLLM
     says which token has which adapter (LoRAKernelMeta), int32: `tokens`, sorted by slot; for each slot that is in use, and -1 (none), `lora_ids`, how many tokens (`lora_tokens`), and where
-    in `tokens` they begin (`lora_starts`). Sizes must be `supported`. Of `early` launches, and of the others, one at a time on a device: they share their counts.
+    in `tokens` they begin (`lora_starts`). Sizes must be `supported`. Of launches `beside` others, and of those that are not, one at a time on a device: they share their counts.
     """
     count, inputs = x.shape
     slices, rank, groups = len(a), a[0].shape[-2], lora_ids.numel()
-    shape = shape or shape_for(count)
+    shape = shape or shape_for(count, beside)
     widths = [each.shape[-2] for each in b]
     tiles = (count + min(groups, count) * (shape.rows - 1)) // shape.rows
     parts = torch.empty(tiles * slices * shape.shares * shape.rows * rank, dtype=torch.float32, device=x.device)
@@ -315,7 +322,7 @@ def add(
             *widths,
             *[0] * padding,
             parts,
-            _arrivals(x.device, shape.shares, early),
+            _arrivals(x.device, shape.shares, beside),
             tokens,
             lora_ids,
             lora_tokens,
@@ -326,7 +333,7 @@ def add(
             SHRINKS=shrinks,
             EXPANDS=expands,
             ADD=onto,
-            launch_pdl=early and _launches_dependently(x.device),
+            launch_pdl=not beside and _launches_dependently(x.device),
             num_warps=shape.warps,
             num_stages=shape.stages,
         )
@@ -334,7 +341,7 @@ def add(
 
 def add_rows(y: Tensor, change: Tensor, slots: Tensor) -> None:
     """y += change, both [tokens, outputs], in the rows whose slot is not -1."""
-    rows, width = y.shape
+    rows, width = change.shape
     _add_rows[(rows, triton.cdiv(width, ADDED))](y, change, slots, y.stride(0), change.stride(0), width, BLOCK=ADDED)
 
 

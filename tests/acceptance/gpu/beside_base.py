@@ -1,9 +1,9 @@
 """Adapters beside the base's product (gpu_lora.py) and after it, through vLLM's layers, on the GPU that is here: GLM-4.5V's attention without attention itself, FP8 per channel, rank 16, eight slots.
 
-`python tests/acceptance/gpu/beside_base.py`, three minutes: a JSON line for each number of tokens and adapters, with microseconds of a qkv_proj and an o_proj, norms and quantizing between, all compiled
+`python tests/acceptance/gpu/beside_base.py`, 90 s: a JSON line for each number of tokens and adapters, with microseconds of a qkv_proj and an o_proj, norms and quantizing between, all compiled
 as vLLM does: without LoRA, without an adapter, adapters after the base's product, and beside it. Both ways must give the same but for rounding; where nothing is compiled rows of the base must be
-as without LoRA, bit for bit; and each of REPEATS goes must give the same. With `--shapes` (a minute more) also the microseconds of each way to cut the kernel's work, which SHAPES in shrink_expand.py
-are chosen by.
+as without LoRA, bit for bit; and each of REPEATS goes must give the same. With `--shapes` (a minute more) also the microseconds of each way to cut the kernel's work, which BESIDE_SHAPES in
+shrink_expand.py are chosen by.
 """
 
 import argparse
@@ -123,11 +123,11 @@ def compared(layers: list[tuple[Layer, Layer]], compiled: dict[str, Callable[[Te
         return round(microseconds(lambda _: compiled[name](x), 1) / PAIRS, 2)
 
     def timed_as(shape: Shape) -> float:
-        chosen, shrink_expand.SHAPES = shrink_expand.SHAPES, ((tokens, shape),)
+        chosen, shrink_expand.BESIDE_SHAPES = shrink_expand.BESIDE_SHAPES, ((tokens, shape),)
         try:
             return timed("beside")
         finally:
-            shrink_expand.SHAPES = chosen
+            shrink_expand.BESIDE_SHAPES = chosen
 
     meta.prepare_tensors(slots.cuda())
     first = layers[0][0]
