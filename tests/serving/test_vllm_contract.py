@@ -256,6 +256,7 @@ def test_vllm_takes_our_tuned_lora_kernels(gpu, monkeypatch):
                 assert config["block_k"] * config.get("split_k", 1) <= 16384 and 16 % config["block_n"] == 0 if op == "shrink" else config["block_k"] == 16
 
 
+@pytest.mark.timeout(300)  # the interpreter is slow on a busy machine
 def test_our_kernel_takes_the_place_of_vllms():
     """vLLM's GPU wrapper and what it says of each token's adapter are the real ones; the kernel is interpreted."""
     run = subprocess.run([sys.executable, "-m", "tests.serving.interpreted_lora", "--vllm"], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
 """On an NVIDIA GPU, has vLLM 0.32 apply adapters of linear layers by one kernel of ours (shrink_expand.py) instead of three of its own, beside the base's work; `register` does it.
 
 What an adapter changes, x A B, needs nothing of the base's product x W, which takes far longer. So it is worked out meanwhile on a stream of its own, and added afterwards to the rows that have an
-adapter: where vLLM compiles, in the kernel that reads the layer's output next, so that it is no launch of its own; or, where several read it (q, k and v), by a kernel that only steps with adapters have.
+adapter: where vLLM compiles, in the kernel that reads the layer's output next, so that it is no launch of its own; or, elsewhere and where several read it (q, k and v), by a kernel that only steps with adapters have.
 
 Private parts of vLLM replaced here, nowhere else: `BaseLinearLayerWithLoRA._apply_sync`, by operators that torch.compile does not look into (`tuneserve_lora_begin`, `..._end`, `..._end_onto`); and, for
 layers that come to their output another way, `PunicaWrapperGPU.add_lora_linear` (`tuneserve_lora_linear`). What the kernel does not take goes to vLLM's own two operators, as before.
@@ -147,7 +147,7 @@ def install() -> None:
         change = x.new_empty(x.size(0), sum(each.shape[-2] for each in self.lora_b_stacked))
         begin(change, x, self.lora_a_stacked, self.lora_b_stacked, *meta)
         y: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, bias)
-        if len(self.lora_b_stacked) > 1:
+        if len(self.lora_b_stacked) > 1 or not torch.compiler.is_compiling():
             end_onto(y, change, x, meta[0], meta[5])
             return y
         end(change, x, y, meta[5])
