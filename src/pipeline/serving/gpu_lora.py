@@ -10,7 +10,9 @@ which vLLM runs in each of its processes if $VLLM_PLUGINS names it: `tuneserve s
 graphs, so one without the operators is not taken for one with them.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from pipeline.serving import lora_indices, shrink_expand
 
-OPERATORS = ("tuneserve_lora_linear", "tuneserve_lora_begin", "tuneserve_lora_end", "tuneserve_lora_end_onto")
+SLOTS, NO_LORA = 0, 5
+"""Places in LoRAKernelMeta.meta_args: each row's slot, and whether no row has an adapter."""
 
 
 def register() -> None:
@@ -30,30 +33,16 @@ def register() -> None:
         install()
 
 
-def lora_linear(
-    y: Tensor,
-    x: Tensor,
-    a: list[Tensor],
-    b: list[Tensor],
-    token_slots: Tensor,
-    tokens: Tensor,
-    lora_tokens: Tensor,
-    lora_starts: Tensor,
-    lora_ids: Tensor,
-    no_lora: Tensor,
-    active_loras: Tensor,
-    onto: bool,
-    beside: bool = False,
-) -> None:
-    """shrink_expand.add, or what vLLM does where that is not for such a step."""
+def lora_linear(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], meta: list[Tensor], onto: bool, beside: bool = False) -> None:
+    """shrink_expand.add, or what vLLM does where that is not for such a step. `meta`: as LoRAKernelMeta.meta_args has it."""
     from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op
 
+    _, tokens, lora_tokens, lora_starts, lora_ids, no_lora, _ = meta
     if no_lora.item():
         return
     if shrink_expand.supported(x.shape[0], x.shape[1], a[0].shape[-2], len(a)):
         shrink_expand.add(y, x, a, b, tokens, lora_tokens, lora_starts, lora_ids, onto=onto, beside=beside)
         return
-    meta = (token_slots, tokens, lora_tokens, lora_starts, lora_ids, no_lora, active_loras)
     shrunk = torch.empty((len(a), x.shape[0], a[0].shape[-2]), dtype=torch.float32, device=x.device)
     lora_shrink_op._lora_shrink(x, a, shrunk, *meta, 1.0)
     lora_expand_op._lora_expand(shrunk, b, y, *meta, add_inputs=onto)
@@ -64,30 +53,23 @@ def _side(device: torch.device) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)
 
 
-def lora_begin(
-    change: Tensor,
-    x: Tensor,
-    a: list[Tensor],
-    b: list[Tensor],
-    token_slots: Tensor,
-    tokens: Tensor,
-    lora_tokens: Tensor,
-    lora_starts: Tensor,
-    lora_ids: Tensor,
-    no_lora: Tensor,
-    active_loras: Tensor,
-) -> None:
+def lora_begin(change: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], meta: list[Tensor]) -> None:
     """change = x A B in the rows that have an adapter: worked out beside what follows, to be read after `lora_end`."""
-    if no_lora.item():
+    if not meta[NO_LORA].item():
+        with _beside(x):
+            lora_linear(change, x, a, b, meta, onto=False, beside=True)
+
+
+@contextlib.contextmanager
+def _beside(x: Tensor) -> Iterator[None]:
+    """What is launched within runs on a stream of its own, once x is there."""
+    if not x.is_cuda:
+        yield
         return
-    work = functools.partial(lora_linear, change, x, a, b, token_slots, tokens, lora_tokens, lora_starts, lora_ids, no_lora, active_loras, False, True)
-    if x.is_cuda:
-        side = _side(x.device)
-        side.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(side):
-            work()
-    else:
-        work()
+    side = _side(x.device)
+    side.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(side):
+        yield
 
 
 def lora_end(change: Tensor, x: Tensor, y: Tensor, no_lora: Tensor) -> None:
@@ -110,12 +92,13 @@ def install() -> None:
     from vllm.utils.torch_utils import direct_register_custom_op
 
     lora_indices.install()
-    if not hasattr(torch.ops.vllm, OPERATORS[0]):
-        direct_register_custom_op(op_name=OPERATORS[0], op_func=lora_linear, mutates_args=["y"], fake_impl=lambda *_, **__: None)
-        direct_register_custom_op(op_name=OPERATORS[1], op_func=lora_begin, mutates_args=["change"], fake_impl=lambda *_: None)
-        direct_register_custom_op(op_name=OPERATORS[2], op_func=lora_end, mutates_args=["change"], fake_impl=lambda *_: None)
-        direct_register_custom_op(op_name=OPERATORS[3], op_func=lora_end_onto, mutates_args=["y"], fake_impl=lambda *_: None)
-    linear, begin, end, end_onto = (getattr(torch.ops.vllm, name) for name in OPERATORS)
+    operators = []
+    for function, written in ((lora_linear, "y"), (lora_begin, "change"), (lora_end, "change"), (lora_end_onto, "y")):
+        name = f"tuneserve_{function.__name__}"
+        if not hasattr(torch.ops.vllm, name):
+            direct_register_custom_op(op_name=name, op_func=function, mutates_args=[written], fake_impl=lambda *_, **__: None)
+        operators.append(getattr(torch.ops.vllm, name))
+    linear, begin, end, end_onto = operators
     original_linear, original_apply = _original(PunicaWrapperGPU.add_lora_linear), _original(BaseLinearLayerWithLoRA._apply_sync)
 
     @functools.wraps(original_linear)
@@ -136,7 +119,7 @@ def install() -> None:
             original_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, add_inputs=add_inputs, **kwargs)
             return
         x = x.view(-1, x.shape[-1])
-        linear(y.view(-1, y.shape[-1]), x, lora_a_stacked, lora_b_stacked, *_meta(self, x), add_inputs)
+        linear(y.view(-1, y.shape[-1]), x, lora_a_stacked, lora_b_stacked, _meta(self, x), add_inputs)
 
     @functools.wraps(original_apply)
     def apply_sync(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -144,14 +127,15 @@ def install() -> None:
             whole: Tensor = original_apply(self, x, bias)
             return whole
         meta = _meta(self.punica_wrapper, x)
+        slots, no_lora = meta[SLOTS], meta[NO_LORA]
         change = x.new_empty(x.size(0), sum(each.shape[-2] for each in self.lora_b_stacked))
-        begin(change, x, self.lora_a_stacked, self.lora_b_stacked, *meta)
+        begin(change, x, self.lora_a_stacked, self.lora_b_stacked, meta)
         y: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, bias)
         if len(self.lora_b_stacked) > 1 or not torch.compiler.is_compiling():
-            end_onto(y, change, x, meta[0], meta[5])
+            end_onto(y, change, x, slots, no_lora)
             return y
-        end(change, x, y, meta[5])
-        return y + torch.where((meta[0] >= 0)[:, None], change, 0)
+        end(change, x, y, no_lora)
+        return y + torch.where((slots >= 0)[:, None], change, 0)
 
     PunicaWrapperGPU.add_lora_linear = add_lora_linear
     BaseLinearLayerWithLoRA._apply_sync = apply_sync
@@ -161,7 +145,6 @@ def _original(method: Any) -> Any:
     return getattr(method, "__wrapped__", method)
 
 
-def _meta(wrapper: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """Each row's slot, and the rest of what `lora_linear` takes."""
-    meta: tuple[Tensor, ...] = wrapper.token_mapping_meta.meta_args(x.size(0), wrapper.lora_config.specialize_active_lora)
-    return meta
+def _meta(wrapper: Any, x: Tensor) -> list[Tensor]:
+    """Each row's slot, the rows sorted by it, by group: how many rows, from where, and the slot; whether no row has an adapter, and how many groups (both on the CPU)."""
+    return list(wrapper.token_mapping_meta.meta_args(x.size(0), wrapper.lora_config.specialize_active_lora))
