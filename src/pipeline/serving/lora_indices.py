@@ -3,7 +3,8 @@
 Each step whose tokens differ from the last one's, as with every new prompt, has vLLM go through all tokens in Python, sort and count them by some forty small GPU kernels, and wait for the GPU
 to have done the step before, which it otherwise prepares ahead of. Requests without an adapter wait too. Here NumPy does the same, two copies bring it to the GPU, and nothing waits.
 
-Private parts of vLLM replaced here, nowhere else: `PunicaWrapperGPU.update_metadata`, by what fills the same buffers, its own and those of its two LoRAKernelMeta. Entry point
+Private parts of vLLM replaced here, nowhere else: `PunicaWrapperGPU.update_metadata`, by what fills the same buffers, its own and those of its two LoRAKernelMeta, and also
+marks rows without an adapter where no row has one, and rows that a step has no tokens for, which gpu_lora.py goes by. Entry point
 `tuneserve_lora_indices` of the group vllm.general_plugins, which vLLM runs in each of its processes if $VLLM_PLUGINS names it, as `tuneserve serve` has it; without an NVIDIA GPU it does nothing.
 """
 

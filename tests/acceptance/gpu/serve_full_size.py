@@ -109,7 +109,7 @@ def up(folder: Path, layers: int, adapters: list[Path], versions: int, ports: tu
     child = start(folder, "serve", [sys.executable, "-m", "pipeline.cli", "serve", "recipe.yaml"])
     while time.monotonic() - booted < READY_SECONDS and child.poll() is None:
         if answers(f"http://127.0.0.1:{port}/health"):  # after the first sync
-            return {"prepared_seconds": round(booted - began, 1), "boot_seconds": round(time.monotonic() - booted, 1)}
+            return {"registered_seconds": round(booted - began, 1), "boot_seconds": round(time.monotonic() - booted, 1)}
         time.sleep(0.5)
     logs = [folder / "serve.log", *sorted((folder / ".tuneserve").rglob("vllm-*.log"))]
     raise SystemExit("\n".join(f"{path}:\n{path.read_text('utf-8', 'replace')[-4000:]}" for path in logs))
