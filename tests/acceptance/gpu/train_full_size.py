@@ -96,9 +96,11 @@ def train_bare(recipe: Path, arguments: argparse.Namespace, peaks: Path) -> dict
 
 def measured(recipe: Path, arguments: argparse.Namespace, peaks: Path, *, command: Sequence[str], runs: Path) -> dict[str, Any]:
     """Runs `command` on the recipe until its steps are done, or, with --whole, until it ends; what was measured, or how it failed."""
+    if peaks.exists():  # it would be taken for ended, and go on from its checkpoint
+        raise SystemExit(f"{peaks.name} was trained in {arguments.folder} before; name another --folder")
     known = set(runs.glob("**/logging.jsonl"))
     environment = os.environ | {"TUNESERVE_PEAK": str(peaks), "PYTHONPATH": os.pathsep.join([str(HERE / "made_weights"), os.environ.get("PYTHONPATH", "")])}
-    peaks.mkdir(parents=True, exist_ok=True)
+    peaks.mkdir(parents=True)
     began = time.monotonic()
     log = recipe.with_suffix(".log")
     with log.open("wb") as output:
