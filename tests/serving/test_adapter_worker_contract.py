@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.lora.layers import FusedMoEWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import AdapterLRUCache, LoRAModelManager, LRUCacheLoRAModelManager
@@ -24,7 +25,11 @@ def test_what_the_worker_extension_uses_is_there():
     assert "self._adapter_manager" in inspect.getsource(WorkerLoRAManager.create_lora_manager)
     assert "lora = self._load_adapter(lora_request)" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
     source = inspect.getsource(LoRAModelManager)
-    kept = ("self._registered_adapters[lora.id] = lora", "self.modules: dict[str, BaseLayerWithLoRA]", "self.lora_index_to_id[index] = lora_model.id")
+    kept = (
+        "self._create_merged_loras_inplace(lora)\n        self._registered_adapters[lora.id] = lora",
+        "self.modules: dict[str, BaseLayerWithLoRA]",
+        "self.lora_index_to_id[index] = lora_model.id",
+    )
     for part in (*kept, "lora_model.loras.pop(module, None)"):
         assert part in source
     manager = SimpleNamespace(_registered_adapters={7: SimpleNamespace(loras={"a": 1, "b": 2})}, modules={"a": 0, "c": 0}, lora_index_to_id=[None, 7, 3])
@@ -42,18 +47,31 @@ class Slot:
         self.written.append((lora_a.clone(), lora_b.clone()))
 
 
-def worker_that_loads(load):
-    """vLLM's own manager of adapters, but for where their weights come from; and the module that it adapts."""
+class Experts(FusedMoEWithLoRA):
+    """Two routed experts of 6 numbers in and out and 10 inside, all on this GPU."""
+
+    global_num_experts = local_num_experts = 2
+    ep_rank, use_ep = 0, False
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "written", [])
+
+    def set_lora(self, index, lora_a, lora_b):
+        self.written.append([each.clone() for each in (*lora_a, *lora_b)])
+
+
+def worker_that_loads(load, modules=None):
+    """vLLM's own manager of adapters, but for where their weights come from; and what is written into the first module that it adapts."""
     manager = LRUCacheLoRAModelManager.__new__(LRUCacheLoRAModelManager)
     manager.lora_config = SimpleNamespace(max_cpu_loras=4, max_loras=4)
     manager._registered_adapters, manager._active_adapters = (AdapterLRUCache(4, act) for act in (manager.deactivate_adapter, manager._deactivate_adapter))
-    manager.lora_index_to_id, manager.modules, manager.packed_modules = [None] * 4, {"m": Slot()}, {}
+    manager.lora_index_to_id, manager.modules, manager.packed_modules = [None] * 4, modules or {"m": Slot()}, {}
     manager.is_pooling_model = manager._enable_mixed_moe_lora_format = False
     lora_manager = LRUCacheWorkerLoRAManager.__new__(LRUCacheWorkerLoRAManager)
     lora_manager._adapter_manager, lora_manager._load_adapter = manager, load
     worker = AdapterWorker()
     worker.model_runner, worker.device = SimpleNamespace(lora_manager=lora_manager), torch.device("cpu")
-    return worker, lora_manager, manager.modules["m"].written
+    return worker, lora_manager, next(iter(manager.modules.values())).written
 
 
 def test_an_adapter_is_read_beside_the_steps_and_written_as_vllm_would():
@@ -82,3 +100,28 @@ def test_an_adapter_is_read_beside_the_steps_and_written_as_vllm_would():
     worker.tuneserve_read_adapter("d", 5, "/d", False)
     worker.tuneserve_forget_read(5)
     assert not manager.tuneserve_reader._reading
+
+
+def test_routed_experts_are_turned_over_beside_the_steps_and_once():
+    """What vLLM makes of fused experts cannot be made of the outcome again."""
+    shapes = {"experts.base_layer": ((8, 6), (20, 8)), "experts": ((8, 10), (6, 8))}
+
+    def load(request):
+        dice = torch.Generator().manual_seed(7)
+        made = {name: [torch.randn(shape, generator=dice) for shape in pair] for name, pair in shapes.items()}
+        return LoRAModel(request.lora_int_id, 4, {name: LoRALayerWeights(name, 4, 8, *pair) for name, pair in made.items()}, is_3d_lora_weight=True)
+
+    worker, manager, written = worker_that_loads(load, {"experts": Experts()})
+    adapters = manager._adapter_manager
+    adapters._enable_mixed_moe_lora_format, adapters.model = True, SimpleNamespace(config=SimpleNamespace(architectures=["Glm4vMoeForConditionalGeneration"]))
+    threads, convert = [], adapters._convert_3d_to_2d_moe_lora
+    adapters._convert_3d_to_2d_moe_lora = lambda *args: (threads.append(threading.current_thread()), convert(*args))
+    assert manager.add_adapter(LoRARequest("a", 1, "/a", is_3d_lora_weight=True))  # as vLLM does by itself
+    worker.tuneserve_read_adapter("b", 2, "/b", True)
+    while not worker.tuneserve_adapter_is_read(2):
+        time.sleep(0.001)
+    assert manager.add_adapter(LoRARequest("b", 2, "/b", is_3d_lora_weight=True))
+    assert manager.add_adapter(LoRARequest("c", 3, "/c", is_3d_lora_weight=True))  # again by itself
+    assert [thread is threading.main_thread() for thread in threads] == [True, False, True]
+    assert [tuple(each.shape) for each in written[0]] == [(2, 4, 6), (2, 4, 10), (2, 4, 6), (2, 10, 4), (2, 6, 4), (2, 10, 4)]
+    assert all(torch.equal(ours, theirs) for other in written[1:] for ours, theirs in zip(other, written[0], strict=True))

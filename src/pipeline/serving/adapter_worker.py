@@ -1,14 +1,15 @@
 """What we have a vLLM worker do for an adapter: read its weights beside the engine's steps, and say what became of them. vLLM mixes the class named by --worker-extension-cls into its worker.
 
-vLLM 0.32 loads an adapter between two steps: it reads the file, converts and pins each tensor, scales, packs, and writes into a slot, while every stream waits. For all but the last two no step
-must wait; but the thread that does them shares Python's lock with the steps where the engine and its worker are one process, as on one GPU.
+vLLM 0.32 loads an adapter between two steps: it reads the file, converts and pins each tensor, scales, packs (routed experts are turned over, too), and writes into a slot, while every stream
+waits. For all but the last no step must wait; but the thread that does them shares Python's lock with the steps where the engine and its worker are one process, as on one GPU.
 
-Private parts of vLLM used here, nowhere else: the worker's `device` and `model_runner.lora_manager`, whose `_load_adapter` an instance attribute takes the place of, its `_adapter_manager`, and
-of that `_registered_adapters`, `modules` and `lora_index_to_id`; tests/serving/test_adapter_worker_contract.py pins them.
+Private parts of vLLM used here, nowhere else: the worker's `device` and `model_runner.lora_manager`, whose `_load_adapter` an instance attribute takes the place of, its `_adapter_manager`, whose
+`_create_merged_loras_inplace` one takes the place of, too, and of that `_registered_adapters`, `modules` and `lora_index_to_id`; tests/serving/test_adapter_worker_contract.py pins them.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from vllm.lora.request import LoRARequest
@@ -22,8 +23,8 @@ class AdapterWorker:
         worker: Any = self
         manager = worker.model_runner.lora_manager
         if not hasattr(manager, "tuneserve_reader"):
-            manager.tuneserve_reader = _Reader(manager._load_adapter, worker.device)
-            manager._load_adapter = manager.tuneserve_reader.take
+            manager.tuneserve_reader = _Reader(manager._load_adapter, manager._adapter_manager._create_merged_loras_inplace, worker.device)
+            manager._load_adapter, manager._adapter_manager._create_merged_loras_inplace = manager.tuneserve_reader.take, manager.tuneserve_reader.pack
         manager.tuneserve_reader.begin(LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=folder, is_3d_lora_weight=is_3d))
 
     def tuneserve_adapter_is_read(self, lora_id: int) -> bool:
@@ -51,10 +52,12 @@ class AdapterWorker:
 
 
 class _Reader:
-    """Reads one adapter at a time in a thread by vLLM's own `load`, and gives it to vLLM when that asks. Errors are raised there, as vLLM's own would be."""
+    """Reads one adapter at a time in a thread by vLLM's own `load` and `pack`, and gives it to vLLM when that asks. Errors are raised there, as vLLM's own would be."""
 
-    def __init__(self, load: Any, device: torch.device) -> None:
+    def __init__(self, load: Any, pack: Any, device: torch.device) -> None:
         self._load = load
+        self._pack = pack
+        self._packed: WeakSet[Any] = WeakSet()
         self._device = device
         self._thread = ThreadPoolExecutor(1, "tuneserve-adapter")
         self._reading: dict[int, Future[Any]] = {}
@@ -75,10 +78,15 @@ class _Reader:
         reading = self._reading.pop(request.lora_int_id, None)
         return self._load(request) if reading is None else reading.result()
 
+    def pack(self, adapter: Any) -> None:
+        """In place of vLLM's `pack`, which must not be done twice: nothing, if it was done while the adapter was read."""
+        if adapter not in self._packed:
+            self._pack(adapter)
+
     def _read(self, request: LoRARequest) -> Any:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # each thread's own: memory must be pinned for this worker's GPU
         adapter = self._load(request)
-        for weights in adapter.loras.values():
-            weights.optimize()  # scales B, once, as vLLM would when it packs them
+        self._pack(adapter)
+        self._packed.add(adapter)
         return adapter

@@ -27,6 +27,8 @@ SPREAD = {"lora_A": 0.009, "lora_B": 0.004}
 """Standard deviation of an adapter's weights: A as PEFT begins it for 4096 inputs (1 / sqrt(3 * 4096)), B as a few hundred steps might leave it: a projection changes by about 1.5 %. Of STRONG, 16 %: eight such adapters
 in one batch cost more, most likely as they choose more different experts than eight requests of one do."""
 STRONG = {"lora_A": 0.02, "lora_B": 0.02}
+EXPERTS_SPREAD = {"lora_A": 0.02, "lora_B": 0.1}
+"""For routed experts, which make up little of what layers with random weights add: with six layers on the CPU this moves a prompt's log-probabilities by up to 0.9, SPREAD by 0.05, which is refused as no-effect."""
 SHIPPED = Path("recipes/serving/glm-4.5v-h200-fp8.yaml")
 READY_SECONDS = 500.0
 
@@ -50,6 +52,34 @@ def write_adapter(folder: Path, layers: int, seed: int, spread: dict[str, float]
     return folder
 
 
+def write_expert_adapter(folder: Path, layers: int, seed: int) -> Path:
+    """As peft 0.20 saves an adapter of rank 8 of the routed experts, gate and up fused at twice the rank: 40 MB a layer, 1.8 GB with 46 layers."""
+    dice = np.random.default_rng(seed)
+    rank, experts, width, inner = RANK // 2, TEXT["n_routed_experts"], TEXT["hidden_size"], TEXT["moe_intermediate_size"]
+    shapes = {"base_layer.lora_A": (2 * rank * experts, width), "base_layer.lora_B": (2 * inner, 2 * rank * experts)}
+    shapes |= {"lora_A": (rank * experts, inner), "lora_B": (width, rank * experts)}
+    tensors = {}
+    for layer in range(TEXT["first_k_dense_replace"], layers):
+        for part, shape in shapes.items():
+            values = dice.standard_normal(shape, np.float32) * EXPERTS_SPREAD[part.removeprefix("base_layer.")]
+            tensors[f"base_model.model.model.language_model.layers.{layer}.mlp.experts.{part}.weight"] = values.astype(np.float16)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [],
+    }
+    config |= {"rank_pattern": {r".*\.gate_up_proj": 2 * rank}, "alpha_pattern": {r".*\.gate_up_proj": 4 * rank}, "inference_mode": True}
+    config |= {"target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"], "base_model_name_or_path": "GLM-4.5V"}
+    (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
 def recipe_of(layers: int, models: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     """The shipped recipe for one H200, with this base and these models."""
     shipped: dict[str, Any] = yaml.safe_load(SHIPPED.read_text("utf-8"))
@@ -57,14 +87,16 @@ def recipe_of(layers: int, models: list[str], settings: dict[str, Any]) -> dict[
     return shipped | {"name": f"layers-{layers}", "base_model": f"models/layers-{layers}", "follow": models} | settings | {"lora": lora}
 
 
-def prepare(folder: Path, layers: int, adapters: int, spread: dict[str, float] = SPREAD, faint: int | None = None) -> list[Path]:
-    """Base and adapters; that of number `faint` changes a tenth of what the others do: what a batch costs with it is not due to the experts that it chooses."""
+def prepare(folder: Path, layers: int, adapters: int, spread: dict[str, float] = SPREAD, faint: int | None = None, experts: int = 0) -> list[Path]:
+    """Base, `adapters` of attention and then `experts` of routed experts; that of number `faint` changes a tenth of what the others do: what a batch costs with it is not due to the experts that it
+    chooses."""
     base = folder / "models" / f"layers-{layers}"
     if not base.is_dir():
         write(base, layers)
         know_digests(base, Project(folder).bases / "digests.json")
     spreads = [spread | {"lora_B": spread["lora_B"] / 10} if number == faint else spread for number in range(adapters)]
-    return [write_adapter(folder / "adapters" / f"a{number}", layers, number, each) for number, each in enumerate(spreads)]
+    made = [write_adapter(folder / "adapters" / f"a{number}", layers, number, each) for number, each in enumerate(spreads)]
+    return made + [write_expert_adapter(folder / "adapters" / f"e{number}", layers, number) for number in range(experts)]
 
 
 def register(folder: Path, layers: int, adapters: list[Path], versions: int) -> list[str]:
@@ -155,6 +187,7 @@ def main() -> None:
     parser.add_argument("--strong", action="store_true", help="adapters that change much (see SPREAD)")
     parser.add_argument("--b-std", type=float, help="standard deviation of the adapters' B, in place of these")
     parser.add_argument("--faint", action="store_true", help="the last model's adapter changes a tenth of what the others' do")
+    parser.add_argument("--experts", action="store_true", help="the further versions adapt routed experts, which the server wraps too")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--mlflow-port", type=int, default=5005)
     parser.add_argument("--vllm", type=str.split, default=[], help="of `plain`: more arguments for vLLM, in one word")
@@ -171,7 +204,10 @@ def main() -> None:
     else:
         ports = (arguments.port, arguments.mlflow_port)
         faint = arguments.adapters - 1 if arguments.faint else None
-        adapters = prepare(arguments.folder, arguments.layers, arguments.adapters + arguments.versions, spread, faint)
+        experts = arguments.versions if arguments.experts else 0
+        adapters = prepare(arguments.folder, arguments.layers, arguments.adapters + arguments.versions - experts, spread, faint, experts)
+        if arguments.experts:
+            arguments.set = {"lora": {"target_modules": ["qkv_proj", "o_proj", "experts"]}} | arguments.set
         print(json.dumps(up(arguments.folder, arguments.layers, adapters, arguments.versions, ports, arguments.set)), flush=True)
 
 
