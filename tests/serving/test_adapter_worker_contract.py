@@ -38,19 +38,19 @@ def test_what_the_worker_extension_uses_is_there():
 
 
 class Slot:
-    """As BaseLinearLayerWithLoRA: what is written into a slot."""
+    """As a merged layer such as qkv_proj: what is written into a slot."""
 
     def __init__(self) -> None:
-        self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.written: list[list[torch.Tensor]] = []
 
     def set_lora(self, index, lora_a, lora_b):
-        self.written.append((lora_a.clone(), lora_b.clone()))
+        self.written.append([each.clone() for each in (*lora_a, *lora_b)])
 
 
 class Experts(FusedMoEWithLoRA):
     """Two routed experts of 6 numbers in and out and 10 inside, all on this GPU."""
 
-    global_num_experts = local_num_experts = 2
+    global_num_experts, local_num_experts = 2, 2
     ep_rank, use_ep = 0, False
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ def worker_that_loads(load, modules=None):
     manager = LRUCacheLoRAModelManager.__new__(LRUCacheLoRAModelManager)
     manager.lora_config = SimpleNamespace(max_cpu_loras=4, max_loras=4)
     manager._registered_adapters, manager._active_adapters = (AdapterLRUCache(4, act) for act in (manager.deactivate_adapter, manager._deactivate_adapter))
-    manager.lora_index_to_id, manager.modules, manager.packed_modules = [None] * 4, modules or {"m": Slot()}, {}
+    manager.lora_index_to_id, manager.modules, manager.packed_modules = [None] * 4, modules or {"qkv": Slot()}, {} if modules else {"qkv": ["q", "k"]}
     manager.is_pooling_model = manager._enable_mixed_moe_lora_format = False
     lora_manager = LRUCacheWorkerLoRAManager.__new__(LRUCacheWorkerLoRAManager)
     lora_manager._adapter_manager, lora_manager._load_adapter = manager, load
@@ -81,7 +81,10 @@ def test_an_adapter_is_read_beside_the_steps_and_written_as_vllm_would():
         threads.append(threading.current_thread())
         if request.lora_path == "/gone":
             raise ValueError("no adapter there")
-        return LoRAModel(request.lora_int_id, 4, {"m": LoRALayerWeights("m", 4, 8, torch.ones(4, 6), torch.ones(8, 4))})
+        halves = {name: LoRALayerWeights(name, 4, 8, torch.ones(4, 6), torch.ones(width, 4)) for name, width in {"q": 8, "k": 2}.items()}
+        if request.lora_path == "/half":
+            halves["k"].lora_b = None
+        return LoRAModel(request.lora_int_id, 4, halves)
 
     worker, manager, written = worker_that_loads(load)
     assert worker.tuneserve_adapter_is_read(1)  # never begun
@@ -92,10 +95,14 @@ def test_an_adapter_is_read_beside_the_steps_and_written_as_vllm_would():
         time.sleep(0.001)
     assert manager.add_adapter(LoRARequest("b", 3, "/b")) and manager.add_adapter(LoRARequest("b", 2, "/b"))  # of which what was read is let go
     assert [thread is threading.main_thread() for thread in threads].count(True) == 2 and len(threads) == 4
-    assert all(torch.equal(a, torch.ones(4, 6)) and torch.equal(b, torch.full((8, 4), 2.0)) for a, b in written) and len(written) == 3
+    expected = [torch.ones(4, 6), torch.ones(4, 6), torch.full((8, 4), 2.0), torch.full((2, 4), 2.0)]
+    assert len(written) == 3 and all(torch.equal(ours, theirs) for each in written for ours, theirs in zip(each, expected, strict=True))
     worker.tuneserve_read_adapter("c", 4, "/gone", False)
     with pytest.raises(ValueError, match="no adapter there"):
         manager.add_adapter(LoRARequest("c", 4, "/gone"))
+    worker.tuneserve_read_adapter("c", 4, "/half", False)
+    with pytest.raises(TypeError):  # of packing
+        manager.add_adapter(LoRARequest("c", 4, "/half"))
     assert worker.tuneserve_adapter_is_read(4) and manager.list_adapters() == {1, 2, 3}
     worker.tuneserve_read_adapter("d", 5, "/d", False)
     worker.tuneserve_forget_read(5)
@@ -103,7 +110,7 @@ def test_an_adapter_is_read_beside_the_steps_and_written_as_vllm_would():
 
 
 def test_routed_experts_are_turned_over_beside_the_steps_and_once():
-    """What vLLM makes of fused experts cannot be made of the outcome again."""
+    """Else every stream waits for it; vLLM does not promise that it may be done to its outcome again."""
     shapes = {"experts.base_layer": ((8, 6), (20, 8)), "experts": ((8, 10), (6, 8))}
 
     def load(request):

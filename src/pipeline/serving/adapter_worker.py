@@ -79,7 +79,7 @@ class _Reader:
         return self._load(request) if reading is None else reading.result()
 
     def pack(self, adapter: Any) -> None:
-        """In place of vLLM's `pack`, which must not be done twice: nothing, if it was done while the adapter was read."""
+        """In place of vLLM's `pack`: nothing, if it was done while the adapter was read. vLLM does not promise that it may be done twice."""
         if adapter not in self._packed:
             self._pack(adapter)
 

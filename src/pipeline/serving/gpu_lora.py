@@ -123,7 +123,7 @@ def install() -> None:
 
     @functools.wraps(original_apply)
     def apply_sync(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.ndim != 2 or self.tp_size > 1:  # over two GPUs it won nothing: docs/benchmarks.md
+        if x.ndim != 2 or self.tp_size > 1:  # over two GPUs it won nothing (docs/benchmarks.md), over more it did not run
             whole: Tensor = original_apply(self, x, bias)
             return whole
         meta = _meta(self.punica_wrapper, x)

@@ -29,6 +29,8 @@ in one batch cost more, most likely as they choose more different experts than e
 STRONG = {"lora_A": 0.02, "lora_B": 0.02}
 EXPERTS_SPREAD = {"lora_A": 0.02, "lora_B": 0.1}
 """For routed experts, which make up little of what layers with random weights add: with six layers on the CPU this moves a prompt's log-probabilities by up to 0.9, SPREAD by 0.05, which is refused as no-effect."""
+EXPERTS_LORA = {"target_modules": ["qkv_proj", "o_proj", "experts"], "max_loras": 4}
+"""Eight slots of 2.9 GiB leave no room on one H200."""
 SHIPPED = Path("recipes/serving/glm-4.5v-h200-fp8.yaml")
 READY_SECONDS = 500.0
 
@@ -187,7 +189,7 @@ def main() -> None:
     parser.add_argument("--strong", action="store_true", help="adapters that change much (see SPREAD)")
     parser.add_argument("--b-std", type=float, help="standard deviation of the adapters' B, in place of these")
     parser.add_argument("--faint", action="store_true", help="the last model's adapter changes a tenth of what the others' do")
-    parser.add_argument("--experts", action="store_true", help="the further versions adapt routed experts, which the server wraps too")
+    parser.add_argument("--experts", action="store_true", help="of `up`: the further versions adapt routed experts, which the server wraps too, in four slots")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--mlflow-port", type=int, default=5005)
     parser.add_argument("--vllm", type=str.split, default=[], help="of `plain`: more arguments for vLLM, in one word")
@@ -207,7 +209,7 @@ def main() -> None:
         experts = arguments.versions if arguments.experts else 0
         adapters = prepare(arguments.folder, arguments.layers, arguments.adapters + arguments.versions - experts, spread, faint, experts)
         if arguments.experts:
-            arguments.set = {"lora": {"target_modules": ["qkv_proj", "o_proj", "experts"]}} | arguments.set
+            arguments.set["lora"] = EXPERTS_LORA | arguments.set.get("lora", {})
         print(json.dumps(up(arguments.folder, arguments.layers, adapters, arguments.versions, ports, arguments.set)), flush=True)
 
 

@@ -96,11 +96,9 @@ def train_bare(recipe: Path, arguments: argparse.Namespace, peaks: Path) -> dict
 
 def measured(recipe: Path, arguments: argparse.Namespace, peaks: Path, *, command: Sequence[str], runs: Path) -> dict[str, Any]:
     """Runs `command` on the recipe until its steps are done, or, with --whole, until it ends; what was measured, or how it failed."""
-    if peaks.exists():  # it would be taken for ended, and go on from its checkpoint
-        raise SystemExit(f"{peaks.name} was trained in {arguments.folder} before; name another --folder")
     known = set(runs.glob("**/logging.jsonl"))
     environment = os.environ | {"TUNESERVE_PEAK": str(peaks), "PYTHONPATH": os.pathsep.join([str(HERE / "made_weights"), os.environ.get("PYTHONPATH", "")])}
-    peaks.mkdir(parents=True)
+    peaks.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     log = recipe.with_suffix(".log")
     with log.open("wb") as output:
@@ -151,6 +149,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("train.jsonl"), help="JSON lines, one as soon as it is known")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
+    kind = "-".join([arguments.base, str(arguments.layers), *([arguments.deepspeed] if arguments.deepspeed else [])])
+    for tokens in arguments.tokens:  # the same again would be taken for ended, and go on from its checkpoint
+        if any(folder.glob(f"peaks/{kind}-{tokens}-*/*.json")):
+            raise SystemExit(f"{kind} of {tokens} tokens was trained in {folder} before; name another --folder")
     base = folder / "models" / f"layers-{arguments.layers}"
     if not base.is_dir():
         write(base, arguments.layers, narrow=arguments.narrow)
@@ -162,11 +164,11 @@ def main() -> None:
         about = {key: getattr(arguments, key) for key in ("layers", "base", "images", "processes", "deepspeed", "offload")} | {"tokens": tokens}
         trained: list[Training] = []
         for number, arm in turns(("train", "bare") if arguments.bare else ("train",), arguments.rounds):
-            recipe = folder / "recipes" / f"{arguments.base}-{tokens}-{number}.yaml"
+            recipe = folder / "recipes" / f"{kind}-{tokens}-{number}.yaml"
             recipe.write_text(yaml.safe_dump(recipe_of(arguments, tokens, number)), "utf-8")
             if (number, arm) == (0, "train"):
                 tell(arguments.out, about | {"stage": "planned", "plan": plan(recipe, folder)})
-            peaks = folder / "peaks" / f"{tokens}-{number}-{arm}"
+            peaks = folder / "peaks" / f"{recipe.stem}-{arm}"
             found = train(recipe, arguments, peaks) if arm == "train" else train_bare(recipe, arguments, peaks)
             tell(arguments.out, about | {"stage": arm, "round": number} | with_rate(found, tokens * arguments.processes))
             trained.append(Training(arm, number, tuple(found["step_seconds"][UNTIMED_STEPS:]), found.get("memory_gib"), found["seconds"]))
