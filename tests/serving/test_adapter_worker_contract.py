@@ -47,17 +47,11 @@ class Slot:
         self.written.append([each.clone() for each in (*lora_a, *lora_b)])
 
 
-class Experts(FusedMoEWithLoRA):
+class Experts(Slot, FusedMoEWithLoRA):
     """Two routed experts of 6 numbers in and out and 10 inside, all on this GPU."""
 
     global_num_experts, local_num_experts = 2, 2
     ep_rank, use_ep = 0, False
-
-    def __init__(self) -> None:
-        object.__setattr__(self, "written", [])
-
-    def set_lora(self, index, lora_a, lora_b):
-        self.written.append([each.clone() for each in (*lora_a, *lora_b)])
 
 
 def worker_that_loads(load, modules=None):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from pipeline.project import Project
@@ -46,12 +47,7 @@ def write_adapter(folder: Path, layers: int, seed: int, spread: dict[str, float]
             name = f"base_model.model.model.language_model.layers.{layer}.self_attn.{module}"
             for part, shape in (("lora_A", (RANK, inputs)), ("lora_B", (outputs, RANK))):
                 tensors[f"{name}.{part}.weight"] = (dice.standard_normal(shape, np.float32) * spread[part]).astype(np.float16)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": 0.0, "bias": "none"}
-    config |= {"target_modules": sorted(sizes), "base_model_name_or_path": "GLM-4.5V", "inference_mode": True}
-    (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
-    return folder
+    return save_adapter(folder, tensors, RANK, {"target_modules": sorted(sizes)})
 
 
 def write_expert_adapter(folder: Path, layers: int, seed: int) -> Path:
@@ -65,19 +61,15 @@ def write_expert_adapter(folder: Path, layers: int, seed: int) -> Path:
         for part, shape in shapes.items():
             values = dice.standard_normal(shape, np.float32) * EXPERTS_SPREAD[part.removeprefix("base_layer.")]
             tensors[f"base_model.model.model.language_model.layers.{layer}.mlp.experts.{part}.weight"] = values.astype(np.float16)
+    patterns = {f"{kind}_pattern": {r".*\.gate_up_proj": of * rank} for kind, of in (("rank", 2), ("alpha", 4))}
+    return save_adapter(folder, tensors, rank, {"target_modules": [], "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"], **patterns})
+
+
+def save_adapter(folder: Path, tensors: dict[str, NDArray[np.float16]], rank: int, targets: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": [],
-    }
-    config |= {"rank_pattern": {r".*\.gate_up_proj": 2 * rank}, "alpha_pattern": {r".*\.gate_up_proj": 4 * rank}, "inference_mode": True}
-    config |= {"target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"], "base_model_name_or_path": "GLM-4.5V"}
+    config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "bias": "none"}
+    config |= {"base_model_name_or_path": "GLM-4.5V", "inference_mode": True} | targets
     (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
     return folder
 
